@@ -1,0 +1,160 @@
+"""The safetensors header: parsed without trust, written without surprises.
+
+Format: 8 bytes little-endian header length N, N bytes of JSON, then the tensors' bytes. The JSON maps
+each name to ``{"dtype", "shape", "data_offsets": [begin, end]}`` (offsets count from the end of the
+header) plus an optional ``__metadata__`` of strings. https://github.com/huggingface/safetensors
+
+A checkpoint is untrusted input: whatever the header says is checked against the file before use.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesurgeon.errors import CheckpointError
+
+# The limit of the safetensors library itself; real headers stay under 20 MB.
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPE_BITS: Mapping[str, int] = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a tensor is, wherever its bytes are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(TensorSpec):
+    """A tensor in a shard: ``offset`` is the position of its first byte in the file."""
+
+    shard: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The parsed header of one shard; tensors in the order of their bytes."""
+
+    tensors: tuple[StoredTensor, ...]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path, shard: str) -> Header:
+    """Parse and check the header of the safetensors file ``path``.
+
+    Raises CheckpointError if anything in it disagrees with the file or with itself.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if len(prefix) < 8 or length > size - 8:
+            raise _damaged(shard, "is truncated: its header does not fit into the file")
+        if length > MAX_HEADER_BYTES:
+            raise _damaged(shard, f"claims a header of {length} bytes")
+        raw = file.read(length)
+    entries = parse_json(raw, shard)
+    metadata = entries.pop("__metadata__", {})
+    if not _is_string_map(metadata):
+        raise _damaged(shard, "has a __metadata__ that is not a map of strings")
+    tensors = [_stored_tensor(name, entry, shard, 8 + length) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.offset != end:
+            problem = "overlaps the tensor before it" if tensor.offset < end else "leaves a hole before it"
+            raise _damaged(shard, f"is inconsistent: {tensor.name!r} {problem}")
+        end += tensor.nbytes
+    if end != size:
+        what = "is truncated" if end > size else "has bytes that belong to no tensor"
+        raise _damaged(shard, f"{what}: {size} bytes on disk, {end} by its header")
+    return Header(tuple(tensors), metadata)
+
+
+def build_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Return length prefix and JSON for ``tensors`` laid out one after the other in this order.
+
+    Padded with spaces to a multiple of 8 bytes, so that the data is aligned.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object, refusing duplicate keys and nesting deep enough to break the parser."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise _damaged(where, "names the same key twice")
+        return found
+
+    try:
+        value = json.loads(raw, object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(where, f"is not valid JSON ({type(error).__name__})") from error
+    if not isinstance(value, dict):
+        raise _damaged(where, "is not a JSON object")
+    return value
+
+
+def _stored_tensor(name: str, entry: object, shard: str, data_start: int) -> StoredTensor:
+    if not isinstance(entry, dict):
+        raise _damaged(shard, f"describes {name!r} with something that is not an object")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _damaged(shard, f"gives {name!r} the unknown dtype {str(dtype)[:40]!r}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(shard, f"gives {name!r} a shape or offsets that are not sizes")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        raise _damaged(shard, f"gives {name!r} {offsets[1] - offsets[0]} bytes, but its shape needs {bits / 8:g}")
+    return StoredTensor(name, dtype, tuple(shape), shard, data_start + offsets[0])
+
+
+def _are_sizes(value: object) -> bool:
+    # bool is an int to Python, but not to us; 2^63 keeps every product below what os.pread takes.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+
+
+def _is_string_map(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _damaged(where: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"{where} {problem}; download or convert it again")

@@ -1,0 +1,152 @@
+"""Opening a checkpoint folder: config, index, and every shard's header; no tensor is read.
+
+Untrusted input: shard names may not leave the folder, sizes are bounded, weights in pickle formats
+are never opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesurgeon.checkpoint.header import Header, StoredTensor, parse_json, read_header
+from moesurgeon.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+PROVENANCE_NAME = "moesurgeon.json"
+# A JSON bomb must not eat the memory. DeepSeek-V3's index, the largest we know, has 9 MB.
+_MAX_JSON_BYTES = 256_000_000
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk, known by its headers.
+
+    ``tensors`` maps names to where their bytes are, in the order of the shards and of the bytes in
+    them; ``is_sharded`` tells whether there is an index file.
+    """
+
+    root: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    headers: Mapping[str, Header]
+    is_sharded: bool
+    index_metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def path_of(self, shard: str) -> Path:
+        return self.root / shard
+
+
+def open_checkpoint(root: Path) -> Checkpoint:
+    """Read ``config.json``, the index if there is one, and the headers of all shards.
+
+    Raises CheckpointError if something is missing, damaged or contradictory.
+    """
+    if not root.exists():
+        raise CheckpointError(f"{root} does not exist; give the folder of a checkpoint")
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is a file; give the folder that holds config.json and the shards")
+    for path in root.iterdir():
+        if path.is_symlink():
+            _inside(root, path.name)  # also of files that others read: tokenizer, card, licence
+    config = read_json_file(root, CONFIG_NAME)
+    index: dict[str, Any] = {}
+    if (root / INDEX_NAME).exists():
+        index = read_json_file(root, INDEX_NAME)
+        weight_map = _weight_map(index)
+        shards = sorted(set(weight_map.values()))
+    elif (root / SINGLE_NAME).exists():
+        weight_map, shards = {}, [SINGLE_NAME]
+    else:
+        raise CheckpointError(_no_weights(root))
+    headers = {shard: read_header(_inside(root, shard), shard) for shard in shards}
+    tensors: dict[str, StoredTensor] = {}
+    for shard, header in headers.items():
+        for tensor in header.tensors:
+            if tensor.name in tensors:
+                other = tensors[tensor.name].shard
+                raise CheckpointError(
+                    f"{tensor.name!r} is in both {other} and {shard}; the folder mixes two checkpoints"
+                )
+            tensors[tensor.name] = tensor
+    if weight_map:
+        _check_index(weight_map, tensors)
+    if not tensors:
+        raise CheckpointError(f"{root} holds no tensors")
+    metadata = index.get("metadata", {})
+    return Checkpoint(root, config, tensors, headers, bool(weight_map), metadata if isinstance(metadata, dict) else {})
+
+
+def read_json_file(root: Path, name: str) -> dict[str, Any]:
+    """Read the JSON object in ``root/name``; CheckpointError if it is missing, huge or malformed."""
+    path = _inside(root, name)
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{name} has {path.stat().st_size} bytes; that is no file of a checkpoint")
+    return parse_json(path.read_bytes(), name)
+
+
+def _inside(root: Path, name: str) -> Path:
+    """Return ``root/name`` if it is a regular file that lies in the checkpoint.
+
+    Links are followed inside the folder, and from a hub cache's snapshot to the blobs beside it.
+    """
+    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+        raise CheckpointError(f"the checkpoint names {name[:80]!r} as one of its files; refused: not a plain file name")
+    path = root / name
+    if not path.exists():
+        raise CheckpointError(f"{name} is missing from {root}; the checkpoint is incomplete")
+    target, home = path.resolve(), root.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(allowed) for allowed in homes):
+        raise CheckpointError(f"{name} is a link that leaves {root}; refused: copy the file there instead")
+    if not target.is_file():
+        raise CheckpointError(f"{name} in {root} is not a regular file")
+    return path
+
+
+def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX_NAME} has no weight_map; download it again")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX_NAME} names {str(shard)[:80]!r}, which is no safetensors file; convert it")
+    return weight_map
+
+
+def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{INDEX_NAME} promises {name!r} in {shard}, which does not hold it; download both again"
+            )
+        if tensors[name].shard != shard:
+            raise CheckpointError(f"{INDEX_NAME} places {name!r} in {shard}, but it is in {tensors[name].shard}")
+    unlisted = [name for name in tensors if name not in weight_map]
+    if unlisted:
+        raise CheckpointError(
+            f"{tensors[unlisted[0]].shard} holds {unlisted[0]!r} and {len(unlisted) - 1} more that {INDEX_NAME} "
+            "does not list; the index belongs to another checkpoint"
+        )
+
+
+def _no_weights(root: Path) -> str:
+    pickles = [path.name for pattern in _PICKLES for path in sorted(root.glob(pattern))]
+    if pickles:
+        return (
+            f"{root} holds pickled weights ({pickles[0]}), which can run code and are never opened; convert it with "
+            "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    return f"{root} holds neither {INDEX_NAME} nor {SINGLE_NAME}; it is not a safetensors checkpoint"

@@ -1,0 +1,42 @@
+"""Arguments and options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Source = Annotated[
+    str, typer.Argument(metavar="CKPT", help="A checkpoint folder, builtin:NAME or hf://org/name[@revision].")
+]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist or be empty.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace the output once the new one is complete.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
+AllowNoop = Annotated[bool, typer.Option(help="Copy the checkpoint where nothing would change.")]
+Link = Annotated[bool, typer.Option(help="Hard-link shards that do not change instead of copying them.")]
+Layout = Annotated[
+    str | None,
+    typer.Option(help="Store the result per-expert, fused, or (DeepSeek-MoE v1) as qwen2-moe. Default: as the source."),
+]
+Traces = Annotated[
+    list[str],
+    typer.Option(
+        "--traces",
+        "-t",
+        metavar="[NAME=]PATH[:COLUMN]",
+        help="Text by domain: jsonl(.gz), txt, parquet, a saved dataset, or builtin:NAME. Repeat for more.",
+    ),
+]
+SplitOption = Annotated[
+    Literal["train", "calibration", "validation", "report", "all"] | None,
+    typer.Option(help="Which part of the traces. Default: this command's of builtin traces, all of yours."),
+]
+MaxTokens = Annotated[int, typer.Option(min=8, help="Tokens to read at most, for all traces together.")]
+Length = Annotated[
+    int | None,
+    typer.Option(min=8, help="Tokens of a window. Default: 512, or the context if that is shorter."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. Auto: float32 on a CPU, else as stored.")]

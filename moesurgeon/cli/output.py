@@ -1,0 +1,148 @@
+"""The only place that knows about terminals: results, progress, errors, exit codes.
+
+Results go to stdout, everything else to stderr. ``--json`` prints one object and no bars.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, MoeSurgeonError
+from moesurgeon.progress import SILENT, Advance, Progress
+
+SCHEMA = 1
+
+Report = dict[str, Any]
+
+
+def answer(as_json: bool, work: Callable[[Progress], Report], show: Callable[[Report], None]) -> None:
+    """Do ``work`` and print its report, as JSON or through ``show``; end the process as its errors say."""
+    try:
+        report = work(SILENT if as_json else Bars())
+        if as_json:
+            print(json.dumps({"schema_version": SCHEMA, **report}, ensure_ascii=False, allow_nan=False))
+        else:
+            show(report)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader had enough, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_BUG) from None
+    except KeyboardInterrupt:
+        _fail(as_json, "interrupted; nothing was left behind", EXIT_INTERRUPTED)
+    except MoeSurgeonError as error:
+        if os.environ.get("MOESURGEON_DEBUG"):
+            traceback.print_exc()
+        _fail(as_json, " ".join(str(error).split()), error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the end of the line: shown as the bug that it is
+        traceback.print_exc()
+        _fail(as_json, f"bug in moesurgeon ({type(error).__name__}): please report the lines above", EXIT_BUG)
+
+
+def _fail(as_json: bool, message: str, code: int) -> None:
+    print(f"moesurgeon: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"schema_version": SCHEMA, "error": {"message": message, "exit_code": code}}))
+    raise typer.Exit(code) from None
+
+
+class Bars:
+    """Progress as rich bars on stderr; where stderr is no terminal only the notes."""
+
+    @contextmanager
+    def task(self, label: str, total: float, unit: str) -> Iterator[Advance]:
+        if not sys.stderr.isatty():
+            yield lambda done: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(label, total=total, rate="")
+
+            def advance(done: float) -> None:
+                bars.advance(task, done)
+                speed = bars.tasks[task].speed
+                bars.update(task, rate=rate(speed, unit) if speed else "")
+
+            yield advance
+
+    def note(self, message: str) -> None:
+        print(message, file=sys.stderr)
+
+
+def rate(speed: float, unit: str) -> str:
+    """Return a rate for people.
+
+    >>> rate(2_500_000, "bytes")
+    '2.5 MB/s'
+    >>> rate(1234, "tokens")
+    '1,234 tokens/s'
+    """
+    return f"{size(speed)}/s" if unit == "bytes" else f"{speed:,.0f} {unit}/s"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people, in powers of 1000.
+
+    >>> size(93_000_000_000)
+    '93.0 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def amount(count: float) -> str:
+    """Return a count for people.
+
+    >>> amount(46_700_000_000), amount(3_478_656), amount(812)
+    ('46.7 G', '3.48 M', '812')
+    """
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def facts(title: str, rows: list[tuple[str, str]]) -> None:
+    """Print a title and aligned name-value lines."""
+    width = max(len(name) for name, _ in rows)
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+def table(headings: list[str], rows: list[list[str]], title: str | None = None) -> None:
+    """Print a table; the first column to the left, numbers to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, heading in enumerate(headings):
+        grid.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    if title:
+        print(title)
+    # Redirected output has no width of its own; a table must not be cut there.
+    columns = zip(headings, *rows, strict=True)
+    width = None if sys.stdout.isatty() else sum(max(map(len, column)) + 2 for column in columns)
+    Console(width=width).print(grid)

@@ -1,0 +1,69 @@
+"""``moesurgeon profile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesurgeon.cli import options
+from moesurgeon.cli.output import Report, answer, table
+from moesurgeon.progress import Progress
+
+NAME = "profile"
+
+
+def command(
+    checkpoint: options.Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write the profile to.")],
+    traces: options.Traces = ["builtin:all"],  # noqa: B006 - typer copies it
+    split: options.SplitOption = None,
+    max_tokens: options.MaxTokens = 65536,
+    length: options.Length = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+) -> None:
+    """Count which experts the traces use, how much they weigh and how large their outputs are."""
+
+    def work(progress: Progress) -> Report:
+        from moesurgeon.pipeline.options import Running, Text
+        from moesurgeon.pipeline.profile import ProfileOutput, profile
+
+        text = Text(traces=tuple(traces), split=split, max_tokens=max_tokens, length=length)
+        running = Running(device=device, dtype=dtype)
+        return profile(checkpoint, ProfileOutput(output=output, overwrite=overwrite), text, running, progress)
+
+    answer(json, work, _show)
+
+
+def _show(report: Report) -> None:
+    domains = ", ".join(f"{domain} {count:,}" for domain, count in report["domains"].items())
+    rows = []
+    for layer, figures in report["layers"].items():
+        shares = figures["utilization"]
+        coldest = min(range(len(shares)), key=shares.__getitem__)
+        rows.append(
+            [layer, bar(shares), f"{figures['entropy']:.3f}", f"{figures['max_over_mean']:.2f}",
+             f"{coldest} ({shares[coldest]:.1%})", str(len(figures["never_routed"]))]
+        )  # fmt: skip
+    table(
+        ["layer", "utilization", "entropy", "max/mean", "coldest", "unused"],
+        rows,
+        f"{report['tokens']:,} tokens: {domains}",
+    )
+    print(f"wrote {report['path']}")
+
+
+def bar(shares: list[float]) -> str:
+    """Return one block character per expert, full height for the busiest of the layer.
+
+    Of more than 64 experts neighbours share a character, which shows the busiest of them.
+    """
+    together = -(-len(shares) // 64)
+    shares = [max(shares[first : first + together]) for first in range(0, len(shares), together)]
+    blocks = "▁▂▃▄▅▆▇█"
+    top = max(shares) or 1.0
+    return "".join(blocks[min(7, int(share / top * 7.999))] if share else " " for share in shares)

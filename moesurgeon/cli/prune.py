@@ -1,0 +1,62 @@
+"""``moesurgeon prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesurgeon.cli import options
+from moesurgeon.cli.output import Report, answer
+from moesurgeon.cli.written import show_written
+from moesurgeon.progress import Progress
+
+NAME = "prune"
+
+
+def command(
+    source: options.Source,
+    output: options.Output,
+    profile: Annotated[Path | None, typer.Option(help="A profile of this checkpoint.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Experts that stay per layer.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of the experts to remove (rounded down).")] = None,
+    keep_experts: Annotated[
+        Path | None, typer.Option(help='A JSON file {"LAYER": [expert, ...]} with the choice itself.')
+    ] = None,
+    criterion: Annotated[str, typer.Option(help="frequency, gate, ean, man, reap, traffic-reap or random.")] = "reap",
+    seed: Annotated[int, typer.Option(help="For the random criterion.")] = 0,
+    layout: options.Layout = None,
+    link: options.Link = False,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    allow_noop: options.AllowNoop = False,
+    json: options.Json = False,
+) -> None:
+    """Remove experts: the same number from every layer, chosen by what a profile measured."""
+
+    def work(progress: Progress) -> Report:
+        from moesurgeon.pipeline.options import Writing
+        from moesurgeon.pipeline.prune import PruneSpec, prune
+
+        spec = PruneSpec(
+            profile=profile, keep=keep, ratio=ratio, keep_experts=keep_experts, criterion=criterion, seed=seed
+        )
+        writing = Writing(
+            output=output,
+            layout=layout,
+            link=link,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            allow_noop=allow_noop,
+        )
+        return prune(source, spec, writing, progress)
+
+    answer(json, work, _show)
+
+
+def _show(report: Report) -> None:
+    print(f"{report['experts_before']} -> {report['experts_after']} experts per layer, by {report['criterion']}")
+    for layer, experts in report["dropped"].items():
+        print(f"  layer {layer} loses {', '.join(map(str, experts)) or 'none'}")
+    show_written(report)

@@ -1,0 +1,53 @@
+"""``moesurgeon retop``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moesurgeon.cli import options
+from moesurgeon.cli.output import Report, amount, answer
+from moesurgeon.cli.written import show_written
+from moesurgeon.progress import Progress
+
+NAME = "retop"
+
+
+def command(
+    source: options.Source,
+    output: options.Output,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 1,
+    layout: options.Layout = None,
+    link: options.Link = False,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    allow_noop: options.AllowNoop = False,
+    json: options.Json = False,
+) -> None:
+    """Route every token to fewer experts: a config edit, the weights are copied or linked."""
+
+    def work(progress: Progress) -> Report:
+        from moesurgeon.pipeline.options import Writing
+        from moesurgeon.pipeline.retop import retop
+        from moesurgeon.surgery.retop import RetopSpec
+
+        writing = Writing(
+            output=output,
+            layout=layout,
+            link=link,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            allow_noop=allow_noop,
+        )
+        return retop(source, RetopSpec(top_k=top_k), writing, progress)
+
+    answer(json, work, _show)
+
+
+def _show(report: Report) -> None:
+    flops = report["flops_per_token"]
+    print(f"top-{report['top_k']['before']} -> top-{report['top_k']['after']}")
+    print(f"  {report['output_scale']}")
+    print(f"  FLOPs per token: {amount(flops['before'])} -> {amount(flops['after'])}")
+    show_written(report)

@@ -1,0 +1,21 @@
+"""How a written (or planned) checkpoint is shown."""
+
+from __future__ import annotations
+
+from moesurgeon.cli.output import Report, size
+
+
+def show_written(report: Report) -> None:
+    """Print what was written where, or for a dry run what would have been."""
+    plan = report["plan"]
+    edits = ", ".join(f"{count} {verb}" for verb, count in sorted(plan["tensors"].items()))
+    dropped = sum(plan["dropped"].values())
+    print(f"  tensors: {edits}" + (f"; {dropped} dropped" if dropped else ""))
+    for key, value in plan["config"].items():
+        print(f"  config: {key} = {value}" if value is not None else f"  config: {key} removed")
+    change = f"{size(report['bytes_before'])} -> {size(report['bytes_after'])}"
+    if report["dry_run"]:
+        print(f"  would write {report['output']}: {change}")
+    else:
+        linked = f", {report['linked_shards']} linked" if report["linked_shards"] else ""
+        print(f"  wrote {report['output']}: {change}, {report['shards']} shards{linked}")

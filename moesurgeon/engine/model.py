@@ -1,0 +1,99 @@
+"""A checkpoint as a running model, and its mixture-of-experts blocks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moesurgeon.checkpoint.open import Checkpoint
+from moesurgeon.engine import deepseek_v1
+from moesurgeon.engine.device import Placement
+from moesurgeon.errors import CheckpointError
+from moesurgeon.surgery.anatomy import Anatomy
+
+deepseek_v1.register()
+
+
+@dataclass(frozen=True, slots=True)
+class MoeBlock:
+    """One mixture of experts in a running model: the layer's number and its modules."""
+
+    layer: int
+    name: str
+    router: nn.Module
+    experts: nn.Module
+
+
+def load_model(checkpoint: Checkpoint, anatomy: Anatomy, placement: Placement) -> PreTrainedModel:
+    """Load the whole model, ready for inference.
+
+    Raises CheckpointError if a tensor is missing, unexpected (layers for multi-token prediction apart)
+    or does not fit; a model never runs with weights that are not the checkpoint's.
+    """
+    try:
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.root,
+                dtype=placement.dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot load {checkpoint.root}: {reason}"
+        ) from error
+    mtp = {f"model.layers.{layer}." for layer in anatomy.by_layer if layer >= anatomy.layers}
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(tuple(mtp))]
+    for what, names in (("lacks", info["missing_keys"]), ("has the unknown", unexpected)):
+        if names:
+            raise CheckpointError(
+                f"{checkpoint.root} {what} {sorted(names)[0]} and {len(names) - 1} more; it cannot run"
+            )
+    return model.to(placement.device).eval()
+
+
+def moe_blocks(model: nn.Module, anatomy: Anatomy) -> list[MoeBlock]:
+    """Return the mixture-of-experts blocks of ``model``, first layer first."""
+    blocks = []
+    for layer in anatomy.moe_layers:
+        name = anatomy.family.block_module.replace("{layer}", str(layer))
+        block = model.get_submodule(name)
+        router, experts = anatomy.family.router_module, anatomy.family.experts_module
+        blocks.append(MoeBlock(layer, name, block.get_submodule(router), block.get_submodule(experts)))
+    return blocks
+
+
+def context_length(anatomy: Anatomy) -> int:
+    """Return the longest sequence that the checkpoint was made for (1024 if it does not say)."""
+    return int(anatomy.config.get("max_position_embeddings") or 1024)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own bars and advice off the user's terminal while it loads."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return logits [B, T, V] for token ids [B, T]; ``mask`` [B, T] is 0 where there is padding."""
+    logits: torch.Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    return logits

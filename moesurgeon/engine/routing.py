@@ -1,0 +1,63 @@
+"""The router's rule of each family, in plain torch: what the profiler checks the model against.
+
+Legend: T tokens, E experts, K experts per token, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moesurgeon.surgery.anatomy import Anatomy
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a checkpoint routes: its family's rule with the numbers of its config."""
+
+    scoring: str
+    renormalises: bool
+    scale: float
+    groups: int
+    kept_groups: int
+    group_score: str
+
+    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """Return each expert's score [T, E] in float32: softmax or sigmoid of the logits."""
+        logits_TE = logits_TE.float()
+        return logits_TE.softmax(-1) if self.scoring == "softmax" else logits_TE.sigmoid()
+
+    def choose(self, scores_TE: torch.Tensor, bias_E: torch.Tensor | None, top_k: int) -> torch.Tensor:
+        """Return the chosen experts [T, K], the best first."""
+        ranked = scores_TE if bias_E is None else scores_TE + bias_E.float()
+        if self.groups > 1:
+            grouped = ranked.unflatten(-1, (self.groups, -1))
+            best = 1 if self.group_score == "max" else 2
+            group_scores_TG = grouped.topk(best, dim=-1).values.sum(-1)
+            winners = group_scores_TG.topk(self.kept_groups, dim=-1).indices
+            inside = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter_(-1, winners, True)
+            ranked = grouped.masked_fill(~inside[..., None], float("-inf")).flatten(-2)
+        return ranked.topk(top_k, dim=-1).indices
+
+    def weights(self, scores_TE: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
+        """Return the weights [T, K] of the chosen experts."""
+        weights = scores_TE.gather(-1, chosen_TK)
+        if self.renormalises:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * self.scale
+
+
+def routing_of(anatomy: Anatomy) -> Routing:
+    """Return how ``anatomy`` routes."""
+    rule = anatomy.family.router
+    groups, kept = anatomy.groups
+    scale = float(anatomy.config.get(rule.scale_key, 1.0)) if rule.scale_key else 1.0
+    score = rule.groups.score if rule.groups else "max"
+    return Routing(rule.scoring, anatomy.renormalises, scale, groups, kept, score)
+
+
+def selection_bias(router: torch.nn.Module) -> torch.Tensor | None:
+    """Return the bias [E] that takes part in the choice only, where the router has one."""
+    bias = getattr(router, "e_score_correction_bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None

@@ -1,0 +1,83 @@
+"""Families that compute the same function under other names, so that a result loads elsewhere.
+
+DeepSeek-MoE v1 as Qwen2-MoE: exact, because Qwen2-MoE differs only in a sigmoid gate on its shared
+expert. That gate with zero weights is 0.5 everywhere, and the shared expert's down projection times
+two undoes it without rounding. (The router's softmax is then taken in float32 instead of the model's
+dtype; in float32 the two agree, in bfloat16 near ties may fall differently.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moesurgeon.errors import UsageError
+from moesurgeon.families.deepseek import DEEPSEEK_V1
+from moesurgeon.families.description import Family
+from moesurgeon.families.qwen2_moe import QWEN2_MOE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remap:
+    """``config``: from the old config to (values to set, keys to remove); UsageError if impossible.
+
+    ``doubled`` is the shared expert's projection to multiply by two, ``zero_gate`` the name of the
+    gate [1, H] to add, in place of ``{block}`` the MoE block.
+    """
+
+    layout: str
+    source: Family
+    target: Family
+    doubled: str
+    zero_gate: str
+    config: Callable[[Mapping[str, Any]], tuple[dict[str, Any], tuple[str, ...]]]
+
+
+def _qwen2_moe_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    shared = int(config.get("n_shared_experts") or 0)
+    for fits, problem in (
+        (config.get("scoring_func", "softmax") == "softmax", "its gate is no softmax"),
+        (not config.get("attention_bias"), "its attention has biases"),
+        (not config.get("mlp_bias"), "its MLPs have biases"),
+        (
+            int(config.get("moe_layer_freq") or 1) == 1,
+            "its mixtures are not in every layer after the first dense ones",
+        ),
+        (shared > 0, "it has no shared experts"),
+    ):
+        if not fits:
+            raise UsageError(f"this checkpoint cannot be written as Qwen2-MoE: {problem}; leave out --layout")
+    top_k = int(config["num_experts_per_tok"])
+    width = int(config["moe_intermediate_size"])
+    values = {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": config["n_routed_experts"],
+        # v1 never renormalises a single weight, Qwen2-MoE would.
+        "norm_topk_prob": bool(config.get("norm_topk_prob")) and top_k > 1,
+        "qkv_bias": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(int(config.get("first_k_dense_replace") or 0))),
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": width * shared,
+        "router_aux_loss_coef": config.get("aux_loss_alpha", 0.001),
+        "use_sliding_window": False,
+    }
+    removed = (
+        "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq", "scoring_func",
+        "aux_loss_alpha", "seq_aux", "auto_map",
+    )  # fmt: skip
+    return values, tuple(key for key in removed if key in config)
+
+
+REMAPS: tuple[Remap, ...] = (
+    Remap(
+        layout="qwen2-moe",
+        source=DEEPSEEK_V1,
+        target=QWEN2_MOE,
+        doubled="down_proj.weight",
+        zero_gate="{block}.shared_expert_gate.weight",
+        config=_qwen2_moe_config,
+    ),
+)

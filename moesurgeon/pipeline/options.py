@@ -1,0 +1,46 @@
+"""The options that several operations share; commands and recipes fill the same objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesurgeon.traces.documents import Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """Where and how a checkpoint is written.
+
+    ``layout``: store it another way (None: as the source). ``link``: hard links for shards that do not
+    change. ``dry_run``: only report the plan. ``allow_noop``: write a copy where nothing changes.
+    """
+
+    output: Path
+    layout: str | None = None
+    link: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    allow_noop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What the model is run on.
+
+    ``split`` None: the operation's own split of builtin traces, all of a user's. ``max_tokens`` is for
+    all traces together. ``length`` None: up to 512 tokens, or the checkpoint's context if shorter.
+    """
+
+    traces: tuple[str, ...] = ("builtin:all",)
+    split: Split | None = None
+    max_tokens: int | None = 65536
+    length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """Where and in which precision the model runs; "auto" is explained in ``engine.device``."""
+
+    device: str = "auto"
+    dtype: str = "auto"

@@ -1,0 +1,108 @@
+"""Recipes: a whole operation in YAML, checked before anything runs.
+
+The steps fill the same objects as the commands' options:
+
+    checkpoint: builtin:tiny-mixtral
+    text: {traces: [builtin:all]}
+    steps:
+      - retop: {top_k: 1}
+      - profile: {max_tokens: 49152}
+      - prune: {keep: 6, criterion: reap}
+      - recover: {schedule: {steps: 150}}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from moesurgeon.errors import InputError
+from moesurgeon.pipeline.options import Running, Text
+from moesurgeon.pipeline.prune import PruneSpec
+from moesurgeon.recovery.objective import Losses
+from moesurgeon.recovery.train import Schedule
+from moesurgeon.surgery.retop import RetopSpec
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class RecoverStep(BaseModel):
+    """``recover`` with the recipe's checkpoint as teacher; ``allow_noop`` keeps the start if nothing beats it."""
+
+    model_config = _STRICT
+
+    losses: Losses = Losses()
+    schedule: Schedule = Schedule()
+    max_tokens: int | None = 65536
+    heldout_tokens: int = 16384
+    allow_noop: bool = False
+
+
+class ProfileStep(BaseModel):
+    """``profile`` of the checkpoint as it is at this step."""
+
+    model_config = _STRICT
+
+    max_tokens: int | None = 65536
+
+
+class Step(BaseModel):
+    """One operation; exactly one key is given."""
+
+    model_config = _STRICT
+
+    retop: RetopSpec | None = None
+    profile: ProfileStep | None = None
+    prune: PruneSpec | None = None
+    recover: RecoverStep | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Step:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("a step has exactly one key: retop, profile, prune or recover")
+        return self
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.model_fields_set))
+
+
+class Recipe(BaseModel):
+    """``text`` is what profiles, recovery and evaluations read; ``report_tokens`` bounds the last."""
+
+    model_config = _STRICT
+
+    checkpoint: str
+    text: Text = Text()
+    running: Running = Running()
+    report_tokens: int = 65536
+    steps: tuple[Step, ...]
+
+    @model_validator(mode="after")
+    def _has_profiles(self) -> Recipe:
+        fresh = False
+        for step in self.steps:
+            if step.prune and step.prune.profile is None and step.prune.keep_experts is None and not fresh:
+                raise ValueError("prune needs a profile of the checkpoint as it is then: put a profile step before it")
+            fresh = step.name == "profile"
+        if not self.steps:
+            raise ValueError("there are no steps")
+        return self
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check the recipe in ``path``; InputError with the first thing that is wrong."""
+    try:
+        loaded: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Recipe.model_validate(loaded)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; give the path of a recipe") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the recipe"
+        raise InputError(f"{path}: {where}: {first['msg']}") from error

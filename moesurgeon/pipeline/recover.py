@@ -1,0 +1,118 @@
+"""``recover``: adapt the routers of an edited checkpoint to what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from moesurgeon.checkpoint.header import TensorSpec
+from moesurgeon.checkpoint.staging import refuse_unusable
+from moesurgeon.engine.device import place
+from moesurgeon.engine.model import load_model
+from moesurgeon.errors import NothingToDo
+from moesurgeon.pipeline.options import Running, Text, Writing
+from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.pipeline.text import read_text, window_length
+from moesurgeon.pipeline.write import finish
+from moesurgeon.progress import SILENT, Progress
+from moesurgeon.recovery.objective import Losses, refuse_without_gradient
+from moesurgeon.recovery.train import Recovered, Schedule, recover_routers
+from moesurgeon.surgery import edits
+from moesurgeon.surgery.plan import EditPlan, identity
+
+_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverSpec:
+    """``teacher``: the unedited checkpoint. ``heldout_tokens`` bounds the text that judges."""
+
+    teacher: str
+    losses: Losses = field(default_factory=Losses)
+    schedule: Schedule = field(default_factory=Schedule)
+    heldout_tokens: int = 16384
+
+
+def recover(
+    source: str,
+    spec: RecoverSpec,
+    text: Text,
+    running: Running,
+    writing: Writing,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Train the routers of ``source`` towards ``spec.teacher`` and write the best state.
+
+    Trains on the calibration split and judges on the validation split. Where no state beats the
+    start on held-out text, nothing is written (NothingToDo) unless ``writing`` allows a copy.
+    """
+    subject, teacher = open_subject(source), open_subject(spec.teacher)
+    refuse_unusable(writing.output, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
+    refuse_without_gradient(subject.anatomy, spec.losses.objective)
+    placement = place(running.device, running.dtype, subject.stored_dtype)
+    length = window_length(subject, text)
+    corpus = read_text(subject, text, builtin_split="calibration")
+    heldout_text = replace(text, max_tokens=spec.heldout_tokens, split="validation")
+    heldout = read_text(subject, heldout_text, builtin_split="validation")
+    if writing.dry_run:
+        return {"source": source, "dry_run": True, "tokens": corpus.tokens, "heldout_tokens": heldout.tokens}
+    recovered = recover_routers(
+        load_model(subject.checkpoint, subject.anatomy, placement),
+        load_model(teacher.checkpoint, teacher.anatomy, placement),
+        subject.anatomy,
+        corpus,
+        heldout,
+        length=length,
+        losses=spec.losses,
+        schedule=spec.schedule,
+        progress=progress,
+    )
+    if recovered.routers is None and not writing.allow_noop:
+        raise NothingToDo(
+            f"recovery found nothing better than the start on held-out text (loss {recovered.loss_before:.4f}); "
+            "nothing was written: try more steps, another learning rate or --allow-noop"
+        )
+    origin = {"teacher": teacher.fingerprint, "traces": corpus.hashes, "heldout_traces": heldout.hashes}
+    plan = plan_routers(subject, recovered, spec, origin)
+    return {
+        "teacher": spec.teacher,
+        "tokens": corpus.tokens,
+        "placement": str(placement),
+        **recovered.as_dict(),
+        **finish(plan, subject, writing, progress),
+    }
+
+
+def plan_routers(subject: Subject, recovered: Recovered, spec: RecoverSpec, origin: Mapping[str, Any]) -> EditPlan:
+    """Plan to replace the router weights, in the dtypes that they are stored in, and nothing else.
+
+    ``origin`` goes into the record: fingerprint of the teacher, hashes of the text.
+    """
+    plan = identity(subject.anatomy)
+    if recovered.routers is None:
+        return plan
+    outputs = dict(plan.outputs)
+    for layer, weight in recovered.routers.items():
+        name = subject.anatomy.router_weight(layer)
+        stored = subject.anatomy.tensors[name]
+        outputs[name] = edits.replace(stored, partial(tensor_bytes, weight, stored))
+    record = {
+        "operation": "recover",
+        "replaced": [subject.anatomy.router_weight(layer) for layer in recovered.routers],
+        **origin,
+        "objective": asdict(spec.losses),
+        "schedule": asdict(spec.schedule),
+        "heldout_loss": {"before": recovered.loss_before, "after": recovered.loss_after},
+    }
+    return EditPlan(outputs, record=[record])
+
+
+def tensor_bytes(tensor: torch.Tensor, stored: TensorSpec) -> bytes:
+    """Return ``tensor`` as bytes of the dtype that ``stored`` names."""
+    assert tuple(tensor.shape) == stored.shape
+    cast = tensor.to(_STORED[stored.dtype]).contiguous()
+    return cast.view(torch.uint8).numpy().tobytes()

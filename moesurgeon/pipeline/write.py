@@ -1,0 +1,45 @@
+"""The end of every operation that writes a checkpoint: layout, dry run, no-op, the one write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moesurgeon.errors import NothingToDo
+from moesurgeon.pipeline.options import Writing
+from moesurgeon.pipeline.subject import Subject
+from moesurgeon.progress import Progress
+from moesurgeon.surgery.apply import apply
+from moesurgeon.surgery.layouts import plan_layout
+from moesurgeon.surgery.plan import EditPlan, compose
+
+
+def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progress) -> dict[str, Any]:
+    """Write what ``plan`` makes of ``subject``, or report what would be written.
+
+    Returns the part of a report that all writing operations share. Raises NothingToDo for a plan
+    without effect unless ``writing`` allows it.
+    """
+    if writing.layout is not None:
+        plan = compose(plan, plan_layout(plan.result(subject.anatomy), writing.layout))
+    if plan.changes_nothing and not writing.allow_noop:
+        raise NothingToDo(f"nothing to do: the result would be {subject.name} itself; --allow-noop copies it anyway")
+    plan.check(subject.checkpoint.tensors)
+    report: dict[str, Any] = {
+        "source": subject.name,
+        "output": str(writing.output),
+        "dry_run": writing.dry_run,
+        "bytes_before": subject.checkpoint.nbytes,
+        "bytes_after": plan.nbytes,
+        "plan": plan.summary(),
+    }
+    if not writing.dry_run:
+        written = apply(
+            plan,
+            subject.checkpoint,
+            writing.output,
+            link=writing.link,
+            overwrite=writing.overwrite,
+            progress=progress,
+        )
+        report |= {"shards": written.shards, "linked_shards": written.linked}
+    return report

@@ -1,0 +1,120 @@
+"""The profile on disk: a folder with the sums (safetensors) and where they are from (JSON)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import moesurgeon
+from moesurgeon.checkpoint.header import read_header
+from moesurgeon.checkpoint.staging import staged
+from moesurgeon.errors import CheckpointError, ProfileError
+from moesurgeon.profiling.statistics import PEAK, PER_EXPERT, PER_LAYER, Statistics, normalised_entropy
+
+SCHEMA = 1
+_SUMS, _FACTS = "stats.safetensors", "profile.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a profile is from: the checkpoint's fingerprint, the text, and how it was run."""
+
+    fingerprint: str
+    family: str
+    splits: dict[str, str]
+    trace_hashes: dict[str, str]
+    length: int
+    placement: str
+    transformers: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Statistics and where they are from."""
+
+    statistics: Statistics
+    origin: Origin
+
+    def summary(self) -> dict[str, Any]:
+        """Return what ``profile --json`` reports: tokens, domains, and figures per layer."""
+        statistics = self.statistics
+        share = statistics.utilization()
+        tokens = float(statistics.seen.sum())
+        layers = {}
+        for row, layer in enumerate(statistics.layers):
+            layers[str(layer)] = {
+                "utilization": share[row].tolist(),
+                "entropy": float(normalised_entropy(share[row])),
+                "max_over_mean": float(share[row].max() * statistics.experts),
+                "gate_mass": (statistics.total("weight")[row] / max(tokens, 1)).tolist(),
+                "reap": _means(statistics.total("weighted_norm")[row], statistics.total("tokens")[row]),
+                "first_choice": (statistics.total("first_choice")[row] / max(tokens, 1)).tolist(),
+                "router_entropy": float(statistics.total("entropy")[row] / max(tokens, 1)),
+                "router_margin": float(statistics.total("margin")[row] / max(tokens, 1)),
+                "never_routed": np.flatnonzero(statistics.total("tokens")[row] == 0).tolist(),
+            }
+        domains = dict(zip(statistics.domains, map(int, statistics.seen), strict=True))
+        return {"tokens": int(tokens), "domains": domains, "layers": layers, **asdict(self.origin)}
+
+
+def save_profile(profile: Profile, folder: Path, *, overwrite: bool = False) -> None:
+    """Write ``profile`` to the new folder ``folder``, whole or not at all."""
+    from safetensors.numpy import save_file
+
+    statistics = profile.statistics
+    facts = {
+        "schema_version": SCHEMA,
+        "moesurgeon": moesurgeon.__version__,
+        "origin": asdict(profile.origin),
+        "domains": list(statistics.domains),
+        "layers": list(statistics.layers),
+        "experts": statistics.experts,
+        "top_k": statistics.top_k,
+    }
+    with staged(folder, overwrite=overwrite) as staging:
+        save_file({"seen": statistics.seen, **statistics.sums}, staging / _SUMS)
+        (staging / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def load_profile(folder: Path) -> Profile:
+    """Read the profile in ``folder``; ProfileError if it is missing, damaged or of another version."""
+    from safetensors.numpy import load_file
+
+    if not (folder / _FACTS).is_file() or not (folder / _SUMS).is_file():
+        raise ProfileError(f"{folder} is no profile: it lacks {_FACTS} or {_SUMS}; make one with moesurgeon profile")
+    try:
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        if facts.get("schema_version") != SCHEMA:
+            raise ProfileError(
+                f"{folder} has schema version {facts.get('schema_version')}, not {SCHEMA}; profile again"
+            )
+        read_header(folder / _SUMS, _SUMS)  # refuses what does not fit the file before numpy sees it
+        arrays = load_file(folder / _SUMS)
+        statistics = Statistics(
+            tuple(facts["domains"]),
+            tuple(facts["layers"]),
+            facts["experts"],
+            facts["top_k"],
+            arrays.pop("seen"),
+            arrays,
+        )
+        profile = Profile(statistics, Origin(**facts["origin"]))
+    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
+        raise ProfileError(
+            f"{folder} is damaged ({type(error).__name__}); make it again with moesurgeon profile"
+        ) from error
+    shape = (len(statistics.domains), len(statistics.layers), statistics.experts)
+    for name in (*PER_EXPERT, PEAK, *PER_LAYER):
+        expected = shape[:2] if name in PER_LAYER else shape
+        if name not in arrays or arrays[name].shape != expected or not np.isfinite(arrays[name]).all():
+            raise ProfileError(f"{folder} is damaged ({name}); make it again with moesurgeon profile")
+    return profile
+
+
+def _means(sums: np.ndarray, counts: np.ndarray) -> list[float | None]:
+    """Divide, with None where there is nothing: never routed is not the same as zero."""
+    return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]

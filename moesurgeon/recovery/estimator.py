@@ -1,0 +1,84 @@
+"""A router that learns although its choice is hard: the gated straight-through estimator.
+
+Where the gate renormalises, the weight of a single choice is p / p = 1: the loss has no gradient to
+the router, only rounding noise, which Adam would amplify to full steps. Instead, with m the mask of
+the choice and sg() stopping the gradient,
+
+    g = sg(p) m + p - sg(p),     weight = g / sum g:
+
+forwards exactly the hard choice, backwards every expert's output speaks:
+d weight_j = (dp_j - m_j sum dp) / p_chosen.
+
+Legend: T tokens, E experts, M candidates (the chosen expert first, then the likeliest others).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from moesurgeon.engine.model import MoeBlock, moe_blocks
+from moesurgeon.engine.routing import Routing, routing_of, selection_bias
+from moesurgeon.surgery.anatomy import Anatomy
+
+
+def straight_through(
+    routing: Routing, scores_TE: torch.Tensor, chosen_TK: torch.Tensor, candidates_TM: torch.Tensor
+) -> torch.Tensor:
+    """Return the weights [T, M] of the candidates: those of the hard choice, with a dense gradient."""
+    p = scores_TE.gather(-1, candidates_TM)
+    mask = (candidates_TM[:, :, None] == chosen_TK[:, None, :]).any(-1)
+    gated = p.detach() * mask + (p - p.detach())
+    if routing.renormalises:
+        gated = gated / gated.sum(-1, keepdim=True)
+    return gated * routing.scale
+
+
+@contextmanager
+def learning_routers(
+    model: PreTrainedModel, anatomy: Anatomy, *, candidates: int | None
+) -> Iterator[list[torch.Tensor]]:
+    """Inside the context, routers pass gradients for all (or the likeliest ``candidates``) experts.
+
+    The model computes what it computed before; only gradients are new. Yields a list that each forward
+    pass fills with the routers' logits [T, E], for a balancing loss; the caller clears it.
+    """
+    routing = routing_of(anatomy)
+    logits: list[torch.Tensor] = []
+    blocks = moe_blocks(model, anatomy)
+    originals = [block.router.forward for block in blocks]
+    for block in blocks:
+        block.router.forward = _forward(block, routing, anatomy.top_k, candidates or anatomy.experts, logits)
+    try:
+        yield logits
+    finally:
+        for block, original in zip(blocks, originals, strict=True):
+            block.router.forward = original
+
+
+def _forward(
+    block: MoeBlock, routing: Routing, top_k: int, candidates: int, seen: list[torch.Tensor]
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    router: nn.Module = block.router
+
+    def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weight: torch.Tensor = router.weight  # type: ignore[assignment]
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(weight.dtype)
+        logits_TE = F.linear(flat, weight)
+        seen.append(logits_TE)
+        scores_TE = routing.scores(logits_TE)
+        chosen_TK = routing.choose(scores_TE.detach(), selection_bias(router), top_k)
+        if candidates <= top_k:
+            return logits_TE, routing.weights(scores_TE, chosen_TK).to(hidden_states.dtype), chosen_TK
+        # The chosen first, then the others by score: their weight is zero, their gradient is not.
+        rest = scores_TE.detach().scatter(-1, chosen_TK, -1.0).topk(candidates - top_k, dim=-1).indices
+        candidates_TM = torch.cat([chosen_TK, rest], dim=-1)
+        weights_TM = straight_through(routing, scores_TE, chosen_TK, candidates_TM)
+        return logits_TE, weights_TM.to(hidden_states.dtype), candidates_TM
+
+    return forward

@@ -1,0 +1,95 @@
+"""Parameters and matrix-multiplication FLOPs of a checkpoint, from its headers.
+
+FLOPs count two per weight and token (a multiplication and an addition) for every matrix that a token
+passes through in a forward pass. Attention scores, which grow with the context, norms, activations and
+the rotary embedding are not counted; nor are layers for multi-token prediction, which plain decoding
+does not run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from moesurgeon.checkpoint.header import TensorSpec
+from moesurgeon.surgery.anatomy import Anatomy
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """``total``, those ``active`` for one token, and those of the routed ``experts``."""
+
+    total: int
+    active: int
+    experts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """FLOPs per token by part of the model."""
+
+    attention: int
+    router: int
+    routed_experts: int
+    shared_experts: int
+    dense_mlp: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    def as_dict(self) -> dict[str, int]:
+        return {"total": self.total, **asdict(self)}
+
+
+def count_parameters(anatomy: Anatomy) -> Parameters:
+    """Count weights (not the scales of quantised ones)."""
+    total = sum(_weights(spec) for spec in anatomy.tensors.values())
+    # Layers for multi-token prediction are part of the file, not of what a token runs through.
+    mtp = sum(
+        _weights(anatomy.tensors[name]) for name, role in anatomy.roles.items() if (role.layer or 0) >= anatomy.layers
+    )
+    experts = _routed(anatomy, anatomy.routed_layers)
+    running = _routed(anatomy, anatomy.moe_layers)
+    active = total - mtp - running + running * anatomy.top_k // anatomy.experts
+    return Parameters(total, active, experts)
+
+
+def count_flops(anatomy: Anatomy) -> Flops:
+    """Count FLOPs per token by part."""
+    parts = dict.fromkeys(("attention", "router", "routed_experts", "shared_experts", "dense_mlp", "head"), 0)
+    for name, spec in anatomy.tensors.items():
+        role = anatomy.roles[name]
+        if role.kind in ("expert", "fused") or (role.layer or 0) >= anatomy.layers or len(spec.shape) < 2:
+            continue
+        if role.kind == "rows":
+            parts["router"] += 2 * _weights(spec)
+        elif role.kind == "shared":
+            parts["shared_experts"] += 2 * _weights(spec)
+        elif role.layer is None:
+            # A tied head multiplies by the embedding.
+            is_head = name == anatomy.family.head
+            tied = name == anatomy.family.embedding and anatomy.family.head not in anatomy.tensors
+            parts["head"] += 2 * _weights(spec) if is_head or tied else 0
+        elif name.startswith(anatomy.family.attention.replace("{layer}", str(role.layer))):
+            parts["attention"] += 2 * _weights(spec)
+        else:
+            parts["shared_experts" if role.layer in anatomy.moe_layers else "dense_mlp"] += 2 * _weights(spec)
+    parts["routed_experts"] = 2 * _routed(anatomy, anatomy.moe_layers) * anatomy.top_k // anatomy.experts
+    return Flops(**parts)
+
+
+def _routed(anatomy: Anatomy, layers: tuple[int, ...]) -> int:
+    return sum(
+        _weights(anatomy.tensors[name])
+        for layer in layers
+        for name, _ in anatomy.of_kind("expert", "fused", layer=layer)
+    )
+
+
+def _weights(spec: TensorSpec) -> int:
+    """Number of weights in a tensor; 0 for scales, two per byte in MXFP4 blocks."""
+    if "scale" in spec.name.rsplit(".", 1)[-1]:
+        return 0
+    return math.prod(spec.shape) * (2 if spec.name.endswith("_blocks") else 1)

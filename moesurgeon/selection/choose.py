@@ -1,0 +1,44 @@
+"""From scores to the experts that stay: the same count in every layer and routing group."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moesurgeon.errors import UsageError
+from moesurgeon.profiling.statistics import Array
+
+
+def count_to_keep(experts: int, *, keep: int | None, ratio: float | None) -> int:
+    """Return how many experts stay per layer, from a count or from the share to remove.
+
+    ``ratio`` rounds down what is removed, and refuses to round it to nothing.
+    """
+    if (keep is None) == (ratio is None):
+        raise UsageError("say how many experts stay: give --keep N or --ratio R (one of them)")
+    if keep is not None:
+        return keep
+    assert ratio is not None
+    if not 0 < ratio < 1:
+        raise UsageError(f"--ratio {ratio:g} is not between 0 and 1: it is the share of experts to remove")
+    removed = int(experts * ratio + 1e-9)
+    if removed == 0:
+        raise UsageError(f"--ratio {ratio:g} of {experts} experts is less than one: nothing would be removed")
+    return experts - removed
+
+
+def best(scores: Array, layers: tuple[int, ...], count: int, groups: int = 1) -> dict[int, tuple[int, ...]]:
+    """Return, per layer, the ``count`` experts with the highest scores, ascending.
+
+    With routing groups the best ``count / groups`` of each. Ties go to the lower number, so the same
+    scores [L, E] always give the same choice.
+    """
+    size = scores.shape[1] // groups
+    each = count // groups
+    kept = {}
+    for row, layer in enumerate(layers):
+        chosen: list[int] = []
+        for group in range(groups):
+            order = np.argsort(-scores[row, group * size : (group + 1) * size], kind="stable")
+            chosen += [group * size + int(expert) for expert in order[:each]]
+        kept[layer] = tuple(sorted(chosen))
+    return kept

@@ -1,0 +1,58 @@
+"""Scores of experts as functions of a profile: the higher, the more worth keeping.
+
+Legend: L mixture layers, E experts. For expert e of a layer, over the tokens t routed to it with
+weight w and output f:
+
+- ``frequency``      number of tokens
+- ``gate``           sum of w
+- ``ean``            sum of |f|                      (expert activation norm)
+- ``man``            mean of |f|
+- ``reap``           mean of w |f|                   (REAP, arXiv:2510.13999)
+- ``traffic-reap``   sum of w |f|
+- ``random``         seeded noise: the control that a criterion has to beat
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from moesurgeon.errors import UsageError
+from moesurgeon.profiling.statistics import Array, Statistics
+
+
+def _mean(name: str) -> Callable[[Statistics, int], Array]:
+    def score(statistics: Statistics, seed: int) -> Array:
+        sums, counts = statistics.total(name), statistics.total("tokens")
+        # An expert that was never routed has no mean; it scores lowest.
+        result: Array = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+        return result
+
+    return score
+
+
+def _sum(name: str) -> Callable[[Statistics, int], Array]:
+    return lambda statistics, seed: statistics.total(name)
+
+
+def _random(statistics: Statistics, seed: int) -> Array:
+    return np.random.default_rng(seed).random((len(statistics.layers), statistics.experts))
+
+
+CRITERIA: dict[str, Callable[[Statistics, int], Array]] = {
+    "frequency": _sum("tokens"),
+    "gate": _sum("weight"),
+    "ean": _sum("norm"),
+    "man": _mean("norm"),
+    "reap": _mean("weighted_norm"),
+    "traffic-reap": _sum("weighted_norm"),
+    "random": _random,
+}
+
+
+def scores_of(statistics: Statistics, criterion: str, seed: int = 0) -> Array:
+    """Return the scores [L, E] of ``criterion``."""
+    if criterion not in CRITERIA:
+        raise UsageError(f"--criterion {criterion} is not one of {', '.join(CRITERIA)}")
+    return CRITERIA[criterion](statistics, seed)

@@ -1,0 +1,189 @@
+"""What a checkpoint is made of: its family, its numbers, and the role of every tensor.
+
+Built from a config and a table of tensor specs, so it describes a checkpoint on disk and the result
+of a plan that has not been written alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from moesurgeon.checkpoint.header import TensorSpec
+from moesurgeon.errors import CheckpointError
+from moesurgeon.families import Family, Layout, family_of
+
+Kind = Literal["expert", "fused", "rows", "shared", "unknown-expert", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a tensor is for.
+
+    ``kind``: one expert's tensor, a fused tensor of all experts, another tensor with one entry per
+    expert (``axis`` counts them in both), a shared expert's, something under the experts' prefix that
+    the family does not describe, or anything else. ``projection`` is the role name: gate, up, down...
+    """
+
+    kind: Kind
+    layer: int | None = None
+    expert: int | None = None
+    projection: str | None = None
+    suffix: str = ""
+    axis: int = 0
+
+
+_PROJECTION_KINDS: tuple[Kind, ...] = ("expert", "fused")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A checkpoint seen as a mixture of experts.
+
+    ``moe_layers`` are those of the model proper, ``mtp_layers`` the extra mixture layers behind them
+    (multi-token prediction). ``roles`` has an entry for every tensor.
+    """
+
+    family: Family
+    layout: Layout
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorSpec]
+    roles: Mapping[str, Role]
+    layers: int
+    moe_layers: tuple[int, ...]
+    mtp_layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    hidden: int
+    expert_width: int
+
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """All layers with routed experts, those for multi-token prediction included."""
+        return self.moe_layers + self.mtp_layers
+
+    @property
+    def shared_experts(self) -> int:
+        """How many shared experts the config counts; 1 where a family always has one."""
+        if self.family.shared_key:
+            return int(self.config.get(self.family.shared_key) or 0)
+        return int(any(role.kind == "shared" for role in self.roles.values()))
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """(number of routing groups, groups kept); (1, 1) where routing is not grouped."""
+        return self.family.router.group_counts(self.config)
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether the gate divides the chosen weights by their sum."""
+        return self.family.router.renormalises(self.config, self.top_k)
+
+    @cached_property
+    def by_layer(self) -> Mapping[int, tuple[str, ...]]:
+        """Names of the tensors of each layer."""
+        found: dict[int, list[str]] = {}
+        for name, role in self.roles.items():
+            if role.layer is not None:
+                found.setdefault(role.layer, []).append(name)
+        return {layer: tuple(names) for layer, names in found.items()}
+
+    def of_kind(self, *kinds: Kind, layer: int | None = None) -> Iterator[tuple[str, Role]]:
+        """Yield (name, role) of the tensors of these kinds, of one layer or of all."""
+        names = self.tensors if layer is None else self.by_layer.get(layer, ())
+        for name in names:
+            if self.roles[name].kind in kinds:
+                yield name, self.roles[name]
+
+    def router_weight(self, layer: int) -> str:
+        """Return the name of the router's weight [E, H] of ``layer``."""
+        for name, _role in self.of_kind("rows", layer=layer):
+            if name.endswith(".weight"):
+                return name
+        raise CheckpointError(f"layer {layer} has experts but no router weight; the checkpoint is incomplete")
+
+
+def examine(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Anatomy:
+    """Recognise the family and the role of every tensor.
+
+    Raises UnknownFamily or CheckpointError (also for a dense model); :func:`problems_of` in
+    ``surgery.completeness`` tells whether everything that should be there is.
+    """
+    if "num_experts_per_tok" not in config and not any(".experts." in name for name in tensors):
+        kind = str(config.get("model_type"))[:60]
+        raise CheckpointError(f"this {kind} checkpoint is a dense model: it has no experts, so there is nothing to do")
+    family = family_of(config)
+    layout = _layout_of(family, tensors)
+    roles = {name: _role_of(family, layout, name) for name in tensors}
+    layers = _number(config, (family.layers_key,))
+    expert_layers = sorted(
+        {role.layer for role in roles.values() if role.kind in _PROJECTION_KINDS and role.layer is not None}
+    )
+    return Anatomy(
+        family=family,
+        layout=layout,
+        config=config,
+        tensors=tensors,
+        roles=roles,
+        layers=layers,
+        moe_layers=tuple(layer for layer in expert_layers if layer < layers),
+        mtp_layers=tuple(layer for layer in expert_layers if layer >= layers),
+        experts=_number(config, family.experts_keys),
+        top_k=_number(config, family.top_k_keys),
+        hidden=_number(config, (family.hidden_key,)),
+        expert_width=_number(config, (family.expert_width_key,)),
+    )
+
+
+def _layout_of(family: Family, tensors: Mapping[str, TensorSpec]) -> Layout:
+    found = [
+        layout
+        for layout in family.layouts
+        if any(layout.expert_pattern.fullmatch(name) or layout.fused_pattern.fullmatch(name) for name in tensors)
+    ]
+    if not found:
+        raise CheckpointError(
+            f"config.json says {family.title}, but no tensor is named like its experts: the weights are another model's"
+        )
+    if len(found) > 1:
+        raise CheckpointError("experts are stored both one by one and fused; the folder mixes two checkpoints")
+    return found[0]
+
+
+def _role_of(family: Family, layout: Layout, name: str) -> Role:
+    roles_by_name = {stored: role for role, stored in layout.projections.items()}
+    if match := layout.expert_pattern.fullmatch(name):
+        return Role(
+            "expert",
+            int(match["layer"]),
+            int(match["expert"]),
+            roles_by_name[match["projection"]],
+            match["suffix"],
+        )
+    if match := layout.fused_pattern.fullmatch(name):
+        return Role("fused", int(match["layer"]), None, roles_by_name[match["projection"]], match["suffix"] or "")
+    for pattern, axis in layout.row_patterns:
+        if match := pattern.fullmatch(name):
+            return Role("rows", int(match["layer"]), axis=axis)
+    if match := layout.shared_pattern.fullmatch(name):
+        return Role("shared", int(match["layer"]))
+    if match := layout.anything_of_experts.fullmatch(name):
+        return Role("unknown-expert", int(match["layer"]))
+    match = family.layer_pattern.fullmatch(name)
+    return Role("other", int(match["layer"]) if match else None)
+
+
+def _number(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
+    """Return the positive integer under the first of ``keys`` that is present."""
+    values = {key: config[key] for key in keys if config.get(key) is not None}
+    if not values:
+        raise CheckpointError(f"config.json lacks {keys[0]}; restore it")
+    if len(set(map(str, values.values()))) > 1:
+        said = " and ".join(f"{key} = {str(value)[:40]}" for key, value in values.items())
+        raise CheckpointError(f"config.json contradicts itself: {said}; keep one of them")
+    key, value = next(iter(values.items()))
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json gives {key} = {str(value)[:40]!r}, which is no positive number")
+    return value

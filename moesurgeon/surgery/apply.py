@@ -1,0 +1,135 @@
+"""The one writer: an edit plan and a source become a checkpoint folder, or nothing does.
+
+Order: check the plan and the space, write every shard into a staging folder, read the result back and
+compare it with the plan, rename. Until the rename the target is as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import moesurgeon
+from moesurgeon.checkpoint.auxiliary import copy_auxiliary
+from moesurgeon.checkpoint.open import CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, Checkpoint, read_json_file
+from moesurgeon.checkpoint.reader import ShardReader, fingerprint
+from moesurgeon.checkpoint.staging import staged
+from moesurgeon.checkpoint.writer import write_shard
+from moesurgeon.errors import OutputError
+from moesurgeon.progress import SILENT, Progress
+from moesurgeon.surgery.card import edited_card
+from moesurgeon.surgery.plan import EditPlan
+from moesurgeon.surgery.readback import read_back
+from moesurgeon.surgery.shards import OutputShard, compiled, plan_shards
+
+PROVENANCE_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written: the folder, its tensors' bytes, and its shards (linked: not copied)."""
+
+    folder: Path
+    nbytes: int
+    shards: int
+    linked: int
+
+
+def apply(
+    plan: EditPlan,
+    source: Checkpoint,
+    target: Path,
+    *,
+    link: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Written:
+    """Write what ``plan`` makes of ``source`` to the new folder ``target``.
+
+    ``link``: shards without any change become hard links to the source's files where the file system
+    allows; both must then be treated as read-only. Raises OutputError if the disk refuses or the
+    result does not read back as planned, UsageError if the target may not be written.
+    """
+    plan.check(source.tensors)
+    shards = plan_shards(plan, source)
+    provenance = _provenance(plan, source)
+    linked = 0
+    try:
+        with (
+            staged(target, overwrite=overwrite, sources=(source.root,)) as staging,
+            ShardReader(source) as reader,
+        ):
+            _check_space(staging, plan.nbytes)
+            with progress.task("writing", plan.nbytes, "bytes") as advance:
+                for shard in shards:
+                    path = staging / shard.name
+                    if link and shard.equals and _linked(source.path_of(shard.equals), path):
+                        linked += 1
+                        advance(shard.nbytes)
+                    else:
+                        write_shard(compiled(shard, source, reader), reader, path, advance)
+            _write_json(staging / CONFIG_NAME, plan.edited_config(source.config))
+            if len(shards) > 1 or source.is_sharded:
+                _write_json(staging / INDEX_NAME, _index(source, shards))
+            copy_auxiliary(source.root, staging)
+            _write_json(staging / PROVENANCE_NAME, provenance)
+            card = source.root / "README.md"
+            text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+            (staging / "README.md").write_text(edited_card(text, plan), encoding="utf-8")
+            read_back(staging, plan, source, reader)
+    except OSError as error:
+        raise OutputError(_disk_trouble(error, target)) from error
+    return Written(target, plan.nbytes, len(shards), linked)
+
+
+def _index(source: Checkpoint, shards: Sequence[OutputShard]) -> dict[str, Any]:
+    places = {output.spec.name: shard.name for shard in shards for output in shard.outputs}
+    metadata = {**source.index_metadata, "total_size": sum(shard.nbytes for shard in shards)}
+    metadata.pop("total_parameters", None)  # transformers writes it; it would be stale
+    return {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
+
+
+def _provenance(plan: EditPlan, source: Checkpoint) -> dict[str, Any]:
+    """Return what ``moesurgeon.json`` says: the source, each operation, every dropped tensor."""
+    history: list[Any] = []
+    if (source.root / PROVENANCE_NAME).exists():
+        recorded = read_json_file(source.root, PROVENANCE_NAME).get("history")
+        history = recorded if isinstance(recorded, list) else []
+    step = {
+        "moesurgeon": moesurgeon.__version__,
+        "source": {"fingerprint": fingerprint(source), "bytes": source.nbytes},
+        "operations": list(plan.record),
+        "dropped": dict(plan.dropped),
+    }
+    return {"schema_version": PROVENANCE_SCHEMA, "history": [*history, step]}
+
+
+def _linked(original: Path, path: Path) -> bool:
+    try:
+        os.link(original.resolve(), path)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            return False
+        raise
+    return True
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(f"the output needs {needed:,} bytes, {folder.parent} has {free:,} free; choose another disk")
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _disk_trouble(error: OSError, target: Path) -> str:
+    what = os.strerror(error.errno) if error.errno else str(error)
+    return f"{target} could not be written ({what}); nothing was left behind, free space or choose another folder"

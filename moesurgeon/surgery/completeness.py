@@ -1,0 +1,124 @@
+"""Is everything there? Counts, shapes and names held against the config; headers only.
+
+A missing expert tensor is what serving runtimes load without a word, so every gap is named.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from moesurgeon.errors import CheckpointError
+from moesurgeon.surgery.anatomy import Anatomy
+
+
+def require_complete(anatomy: Anatomy) -> None:
+    """Raise CheckpointError with the first problem, if there is one."""
+    problems = problems_of(anatomy)
+    if problems:
+        more = f" (and {len(problems) - 1} more: see moesurgeon inspect)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{problems[0]}{more}")
+
+
+def problems_of(anatomy: Anatomy) -> list[str]:
+    """Return what contradicts the config or is missing, one line each; empty if all is well."""
+    return [
+        *_of_layers(anatomy),
+        *_of_experts(anatomy),
+        *_of_rows(anatomy),
+        *_of_routing(anatomy),
+        *_gaps(anatomy),
+    ]
+
+
+def _of_layers(anatomy: Anatomy) -> Iterator[str]:
+    expected = anatomy.family.moe_layers.of(anatomy.config, anatomy.layers)
+    if expected != anatomy.moe_layers:
+        missing = sorted(set(expected) - set(anatomy.moe_layers))
+        extra = sorted(set(anatomy.moe_layers) - set(expected))
+        if missing:
+            yield f"layers {missing} should have experts by config.json, but hold none; shards are missing"
+        if extra:
+            yield f"layers {extra} hold experts, but config.json makes them dense"
+    stored = {layer for layer in anatomy.by_layer if layer < anatomy.layers}
+    if len(stored) != anatomy.layers:
+        yield f"config.json counts {anatomy.layers} layers, the shards hold {len(stored)} of them"
+
+
+def _of_experts(anatomy: Anatomy) -> Iterator[str]:
+    for layer in anatomy.routed_layers:
+        found: dict[int, set[tuple[str, str]]] = {}
+        for name, role in anatomy.of_kind("expert", "fused", layer=layer):
+            spec = anatomy.tensors[name]
+            if role.kind == "fused":
+                if not spec.shape or spec.shape[0] != anatomy.experts:
+                    yield f"{name} holds {spec.shape[:1]} experts, config.json counts {anatomy.experts}"
+            elif role.expert is not None:
+                found.setdefault(role.expert, set()).add((role.projection or "", role.suffix))
+                yield from _of_expert_shape(anatomy, name, role.projection or "", role.suffix)
+        if not found:
+            continue
+        if sorted(found) != list(range(anatomy.experts)):
+            yield f"layer {layer} holds {_span(sorted(found))}, config.json counts {anatomy.experts} experts"
+        everything = set().union(*found.values())
+        for projection in sorted(set(anatomy.layout.projections) - {projection for projection, _ in everything}):
+            yield f"layer {layer} lacks {anatomy.layout.projections[projection]} of every expert; a shard is missing"
+        for expert, parts in sorted(found.items()):
+            if parts != everything:
+                projection, suffix = sorted(everything - parts)[0]
+                stored = anatomy.layout.projections[projection]
+                yield f"layer {layer} expert {expert} lacks {stored}{suffix}; a shard is missing or was cut"
+    for name, _role in anatomy.of_kind("unknown-expert"):
+        yield f"{name} belongs to the experts, but a {anatomy.family.title} checkpoint has no such tensor"
+
+
+def _of_expert_shape(anatomy: Anatomy, name: str, projection: str, suffix: str) -> Iterator[str]:
+    if suffix != ".weight" or anatomy.tensors[name].dtype in ("U8", "I8", "I32", "F4"):
+        return  # scales have their own shapes, packed weights too
+    wide, high = anatomy.expert_width, anatomy.hidden
+    expected = (high, wide) if projection == "down" else (wide, high)
+    if anatomy.tensors[name].shape != expected:
+        yield f"{name} has shape {list(anatomy.tensors[name].shape)}, config.json makes it {list(expected)}"
+
+
+def _of_rows(anatomy: Anatomy) -> Iterator[str]:
+    for layer in anatomy.routed_layers:
+        names = dict(anatomy.of_kind("rows", layer=layer))
+        if not any(name.endswith(".weight") for name in names):
+            yield f"layer {layer} has experts but no router weight; a shard is missing or was cut"
+        for name, role in names.items():
+            shape = anatomy.tensors[name].shape
+            if len(shape) <= role.axis or shape[role.axis] != anatomy.experts:
+                yield f"{name} has shape {list(shape)}, config.json counts {anatomy.experts} experts"
+
+
+def _of_routing(anatomy: Anatomy) -> Iterator[str]:
+    if anatomy.top_k > anatomy.experts:
+        yield f"config.json asks for the top {anatomy.top_k} of {anatomy.experts} experts"
+    count, kept = anatomy.groups
+    if count > 1:
+        if anatomy.experts % count:
+            yield f"{anatomy.experts} experts do not divide into {count} routing groups"
+        elif anatomy.top_k > kept * (anatomy.experts // count):
+            yield f"top {anatomy.top_k} does not fit into {kept} groups of {anatomy.experts // count} experts"
+
+
+def _gaps(anatomy: Anatomy) -> Iterator[str]:
+    """Tensors outside the experts that nearly all layers have and one lacks."""
+    relative: dict[int, set[str]] = {}
+    for name, role in anatomy.of_kind("other", "shared"):
+        if role.layer is not None and role.layer < anatomy.layers:
+            prefix = anatomy.family.layer.replace("{layer}", str(role.layer)) + "."
+            relative.setdefault(role.layer, set()).add(name.removeprefix(prefix))
+    for layers in (set(anatomy.moe_layers), set(range(anatomy.layers)) - set(anatomy.moe_layers)):
+        counts = Counter(part for layer in layers for part in relative.get(layer, ()))
+        for part, count in sorted(counts.items()):
+            if len(layers) > 2 and len(layers) - 1 == count:
+                layer = next(layer for layer in sorted(layers) if part not in relative.get(layer, ()))
+                yield f"layer {layer} lacks {part}, which every other layer has; a shard is missing or was cut"
+
+
+def _span(numbers: list[int]) -> str:
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"experts {numbers[0]} to {numbers[-1]}"
+    return f"{len(numbers)} experts between {numbers[0]} and {numbers[-1]}, with gaps"

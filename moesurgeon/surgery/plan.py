@@ -1,0 +1,167 @@
+"""The edit plan: what the result consists of, and what becomes of every tensor of the source.
+
+A plan is made from headers, checked before anything is written, printed by ``--dry-run`` and applied
+by the one writer. Plans compose: the second is made from the anatomy that the first results in.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moesurgeon.checkpoint.header import TensorSpec
+from moesurgeon.checkpoint.writer import Fresh
+from moesurgeon.errors import CheckpointError
+from moesurgeon.surgery.anatomy import Anatomy, examine
+from moesurgeon.surgery.edits import Derived, Output, Part, Slice, copy, rename
+
+REMOVED = object()
+"""As the value of a config edit: the key goes away."""
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """``outputs`` by name; ``dropped`` maps tensors to the reason; ``config`` maps keys to values.
+
+    ``record`` says what was done, for the provenance file: one JSON object per operation.
+    """
+
+    outputs: Mapping[str, Output]
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    record: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the result would be the source, tensor by tensor and key by key."""
+        return not self.dropped and not self.config and all(out.is_untouched for out in self.outputs.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.spec.nbytes for output in self.outputs.values())
+
+    def edited_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ``config`` with this plan's edits; order and unknown keys stay."""
+        edited = {key: self.config.get(key, value) for key, value in config.items()}
+        edited |= {key: value for key, value in self.config.items() if key not in config}
+        return {key: value for key, value in edited.items() if value is not REMOVED}
+
+    def result(self, source: Anatomy) -> Anatomy:
+        """Return the anatomy of what this plan makes of ``source``."""
+        specs = {name: output.spec for name, output in self.outputs.items()}
+        return examine(self.edited_config(source.config), specs)
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts of edits and the reasons for drops, for people and for JSON."""
+        return {
+            "tensors": dict(Counter(output.verb for output in self.outputs.values())),
+            "dropped": dict(Counter(self.dropped.values())),
+            "config": {key: None if value is REMOVED else value for key, value in self.config.items()},
+            "bytes": self.nbytes,
+            "operations": list(self.record),
+        }
+
+    def check(self, source: Mapping[str, TensorSpec]) -> None:
+        """Refuse a plan that does not account for every tensor of ``source`` exactly once.
+
+        Each one is kept, edited or dropped; no byte of it is used twice; parts fill their outputs.
+        """
+        used: dict[str, list[Slice]] = {}
+        touched: set[str] = set()
+        for name, output in self.outputs.items():
+            assert name == output.spec.name
+            if sum(part.length for part in output.parts) != output.spec.nbytes:
+                raise CheckpointError(f"refused: the plan fills {name!r} with the wrong number of bytes")
+            touched.update(output.sources)
+            for part in slices_of(output.parts):
+                used.setdefault(part.tensor, []).append(part)
+        unknown = (touched | set(self.dropped) | set(used)) - set(source)
+        twice = touched & set(self.dropped)
+        forgotten = set(source) - touched - set(self.dropped)
+        for problem, names in (
+            ("unknown", unknown),
+            ("both used and dropped", twice),
+            ("forgotten", forgotten),
+        ):
+            if names:
+                raise CheckpointError(
+                    f"refused: {sorted(names)[0]!r} is {problem} in the plan; this is a bug, report it"
+                )
+        for tensor, slices in used.items():
+            slices.sort(key=lambda part: part.start)
+            for before, after in itertools.pairwise(slices):
+                if after.start < before.stop:
+                    raise CheckpointError(f"refused: the plan uses bytes of {tensor!r} twice; this is a bug, report it")
+            if slices[-1].stop > source[tensor].nbytes:
+                raise CheckpointError(f"refused: the plan reads past the end of {tensor!r}; this is a bug, report it")
+
+
+def identity(source: Anatomy) -> EditPlan:
+    """The plan that changes nothing."""
+    return EditPlan(outputs={name: copy(spec) for name, spec in source.tensors.items()})
+
+
+def compose(first: EditPlan, second: EditPlan) -> EditPlan:
+    """Return the one plan that does what ``first`` and then ``second`` do.
+
+    ``second`` must have been made from ``first.result(source)``.
+    """
+    outputs = {name: _through(output, first) for name, output in second.outputs.items()}
+    dropped = dict(first.dropped)
+    for name, reason in second.dropped.items():
+        for tensor in first.outputs[name].sources:
+            if not any(tensor in output.sources for output in outputs.values()):
+                dropped[tensor] = reason
+    config = {**first.config, **second.config}
+    return EditPlan(outputs, dropped, config, [*first.record, *second.record])
+
+
+def _through(output: Output, first: EditPlan) -> Output:
+    """Express ``output``, made from results of ``first``, by what those were made from."""
+    parts = [piece for part in output.parts for piece in _resolve(part, first)]
+    before = [first.outputs[name] for name in output.sources]
+    sources = tuple(dict.fromkeys(tensor for made in before for tensor in made.sources))
+    if output.is_untouched:
+        return before[0]
+    if output.verb == "rename":
+        return rename(before[0], output.spec.name)
+    return Output(output.spec, tuple(parts), output.verb, sources)
+
+
+def slices_of(parts: Iterable[Part]) -> Iterator[Slice]:
+    """Yield every range of the source in ``parts``, those inside derived parts included."""
+    for part in parts:
+        if isinstance(part, Slice):
+            yield part
+        elif isinstance(part, Derived):
+            yield from slices_of(part.parts)
+
+
+def _resolve(part: Part, first: EditPlan) -> Iterator[Part]:
+    """Yield what bytes of a result of ``first`` were made of."""
+    if isinstance(part, Fresh):
+        yield part
+    elif isinstance(part, Derived):
+        inner = tuple(piece for inside in part.parts for piece in _resolve(inside, first))
+        yield Derived(part.length, inner, part.function)
+    else:
+        position = 0
+        for piece in first.outputs[part.tensor].parts:
+            low, high = max(part.start - position, 0), min(part.stop - position, piece.length)
+            if low < high:
+                yield _cut(piece, low, high)
+            position += piece.length
+
+
+def _cut(piece: Part, low: int, high: int) -> Part:
+    """Return bytes ``low`` to ``high`` of ``piece``."""
+    if (low, high) == (0, piece.length):
+        return piece
+    if isinstance(piece, Slice):
+        return Slice(piece.tensor, piece.start + low, piece.start + high)
+    if isinstance(piece, Fresh):
+        return Fresh(high - low, lambda: piece.load()[low:high])
+    return Derived(high - low, piece.parts, lambda data: piece.function(data)[low:high])

@@ -1,0 +1,109 @@
+"""Removing experts: everything that counts experts shrinks in step, the kept ones are renumbered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from moesurgeon.errors import UsageError
+from moesurgeon.surgery import edits
+from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.surgery.edits import Output
+from moesurgeon.surgery.plan import EditPlan
+
+Kept = Mapping[int, Sequence[int]]
+"""Layer -> experts that stay, in the source's numbering, ascending."""
+
+
+def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
+    """Plan the removal of every routed expert that is not in ``kept``.
+
+    ``kept`` needs an entry per mixture layer, all of one length: stock runtimes hold one expert count
+    for the whole model. Layers for multi-token prediction that ``kept`` leaves out follow the last
+    layer. Raises UsageError if the result could not run.
+    """
+    kept = {layer: tuple(sorted(set(kept[layer]))) for layer in kept}
+    kept |= {layer: kept[source.moe_layers[-1]] for layer in source.mtp_layers if layer not in kept}
+    count = check_kept(source, kept)
+    numbers = {layer: {old: new for new, old in enumerate(experts)} for layer, experts in kept.items()}
+    outputs: dict[str, Output] = {}
+    dropped: dict[str, str] = {}
+    for name, spec in source.tensors.items():
+        role = source.roles[name]
+        if role.kind in ("fused", "rows") and role.layer in kept:
+            output = edits.select(spec, role.axis, kept[role.layer])
+        elif role.kind == "expert" and role.layer in kept:
+            assert role.expert is not None
+            new = numbers[role.layer].get(role.expert)
+            if new is None:
+                dropped[name] = "its expert was pruned"
+                continue
+            output = edits.rename(edits.copy(spec), _renumbered(source, name, new))
+        else:
+            output = edits.copy(spec)
+        outputs[output.spec.name] = output
+    if count == source.experts:
+        return EditPlan({name: edits.copy(spec) for name, spec in source.tensors.items()})
+    present = [key for key in source.family.experts_keys if key in source.config]
+    record = {
+        "operation": "prune",
+        "experts": {"before": source.experts, "after": count},
+        "expert_map": {str(layer): {str(old): new for old, new in numbers[layer].items()} for layer in sorted(numbers)},
+    }
+    return EditPlan(outputs, dropped, dict.fromkeys(present, count), [record])
+
+
+def check_kept(source: Anatomy, kept: Kept) -> int:
+    """Return the uniform count of ``kept``, or raise UsageError if it breaks the router's rules."""
+    missing = [layer for layer in source.routed_layers if layer not in kept]
+    extra = [layer for layer in kept if layer not in source.routed_layers]
+    if missing:
+        raise UsageError(f"no experts are given for layer {missing[0]}; list every one of {list(source.moe_layers)}")
+    if extra:
+        raise UsageError(f"layer {extra[0]} has no routed experts; those that have are {list(source.routed_layers)}")
+    counts = {len(experts) for experts in kept.values()}
+    if len(counts) > 1:
+        raise UsageError(
+            f"layers keep different counts ({sorted(counts)}): stock runtimes need the same in every layer"
+        )
+    count = counts.pop()
+    for layer, experts in kept.items():
+        wrong = [expert for expert in experts if not 0 <= expert < source.experts]
+        if wrong:
+            raise UsageError(f"layer {layer} has no expert {wrong[0]}: they are numbered 0 to {source.experts - 1}")
+    check_count(source, count)
+    groups, _kept_groups = source.groups
+    size = source.experts // groups
+    for layer, experts in kept.items():
+        if groups > 1 and len({sum(expert // size == group for expert in experts) for group in range(groups)}) > 1:
+            raise UsageError(f"layer {layer} keeps different counts in its {groups} routing groups; they must be equal")
+    return count
+
+
+def check_count(source: Anatomy, count: int) -> None:
+    """Raise UsageError if ``count`` experts per layer could not run."""
+    if count > source.experts:
+        raise UsageError(f"cannot keep {count} experts: the checkpoint has {source.experts}")
+    if count < source.top_k:
+        raise UsageError(f"keep at least {source.top_k} experts: the checkpoint routes each token to {source.top_k}")
+    groups, kept_groups = source.groups
+    if groups == 1:
+        return
+    if count % groups or count // groups < 2:
+        fitting = [
+            n for n in range(2 * groups, source.experts + 1, groups) if source.top_k <= kept_groups * n // groups
+        ]
+        raise UsageError(
+            f"{count} experts do not fit the {groups} routing groups (the same number in each, at least two); "
+            f"possible are {', '.join(map(str, fitting))}"
+        )
+    if source.top_k > kept_groups * (count // groups):
+        raise UsageError(
+            f"{count} experts leave {kept_groups * (count // groups)} in the {kept_groups} groups that a token sees, "
+            f"but it is routed to {source.top_k}; keep more"
+        )
+
+
+def _renumbered(source: Anatomy, name: str, new: int) -> str:
+    match = source.layout.expert_pattern.fullmatch(name)
+    assert match is not None
+    return f"{name[: match.start('expert')]}{new}{name[match.end('expert') :]}"

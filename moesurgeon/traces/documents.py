@@ -1,0 +1,51 @@
+"""What a trace is made of: documents with a name, assigned to splits by a hash of that name.
+
+A document belongs to exactly one split, whatever else is in the collection and whatever machine or
+Python version reads it, so that text used to calibrate is never the text that a result is reported on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Split = Literal["train", "calibration", "validation", "report", "all"]
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+# Shares of the hash space, in order. "train" is what the tiny checkpoints learnt from; the other
+# three are unseen by them and disjoint from each other.
+_SHARES: tuple[tuple[Split, int], ...] = (
+    ("train", 70),
+    ("calibration", 14),
+    ("validation", 5),
+    ("report", 11),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text: ``key`` names it for good (a module path, a line number), ``text`` is not empty."""
+
+    key: str
+    text: str
+
+
+def split_of(key: str) -> Split:
+    """Return the split that the document ``key`` belongs to.
+
+    >>> split_of("json/decoder.py") == split_of("json/decoder.py")
+    True
+    """
+    point = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 100
+    for split, share in _SHARES:
+        if point < share:
+            return split
+        point -= share
+    raise AssertionError("the shares of the splits must add up to 100")
+
+
+def in_split(key: str, split: Split) -> bool:
+    """Tell whether the document ``key`` belongs to ``split`` (``all``: every one does)."""
+    return split == "all" or split_of(key) == split

@@ -1,0 +1,86 @@
+"""The tokenizer of a checkpoint, as a function from texts to token numbers.
+
+``tokenizer.json`` is read by the tokenizers library itself: importing transformers takes seconds and
+brings torch along. Only older layouts (a sentencepiece model alone) go through transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from moesurgeon.errors import CheckpointError
+from moesurgeon.traces.windows import Tokenize
+
+_OLDER_LAYOUTS = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+def load_tokenizer(folder: Path) -> Tokenize:
+    """Return the tokenizer in the checkpoint ``folder``; texts get the model's special tokens.
+
+    A text is never cut or padded, whatever the files say. Raises CheckpointError if there is no
+    tokenizer or if it is damaged.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return _from_json(folder)
+    if any((folder / name).is_file() for name in _OLDER_LAYOUTS):
+        return _from_transformers(folder)
+    raise CheckpointError(f"{folder}: no tokenizer: copy tokenizer.json from the original checkpoint")
+
+
+def _from_json(folder: Path) -> Tokenize:
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: damaged ({reason}): copy it from the original checkpoint, or update tokenizers"
+        ) from error
+    # Some files still say how their training data was cut and padded.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    bos = _asked_bos(folder)
+    bos_id = None if bos is None else tokenizer.token_to_id(bos)
+    added = tokenizer.encode("a").ids[:1] == [bos_id]
+    prefix = [] if bos_id is None or added else [bos_id]
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        return [prefix + encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+
+    return tokenize
+
+
+def _asked_bos(folder: Path) -> str | None:
+    """Return the token that ``tokenizer_config.json`` wants in front of a text, if it says so.
+
+    DeepSeek-MoE says it there only: its tokenizer.json has no post-processor that would add it, and
+    a model that never saw a text without it routes such texts differently.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        bos = config.get("bos_token") if config.get("add_bos_token") else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged: copy it from the original checkpoint") from error
+    return bos.get("content") if isinstance(bos, dict) else bos
+
+
+def _from_transformers(folder: Path) -> Tokenize:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # OSError, ValueError, ImportError, KeyError: it depends on the class
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder}: transformers cannot load its tokenizer ({reason}): add a tokenizer.json"
+        ) from error
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
+        return ids
+
+    return tokenize
