@@ -17,7 +17,8 @@ Every message is one line: what is wrong, then what to do about it. A traceback 
 
 EXIT_OK = 0
 EXIT_BUG = 1
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_PIPE = 141  # 128 + SIGPIPE: the reader of our output went away
 
 
 class MoeSurgeonError(Exception):

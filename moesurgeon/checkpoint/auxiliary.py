@@ -15,6 +15,10 @@ _NOT_COPIED = (
 )  # fmt: skip
 
 
+# Folders of plain files that belong to the tokenizer.
+_FOLDERS = ("additional_chat_templates",)
+
+
 def auxiliary_files(root: Path) -> list[Path]:
     """Return the files of a checkpoint folder that an edited copy needs besides its weights."""
     return [
@@ -28,3 +32,9 @@ def copy_auxiliary(root: Path, target: Path) -> None:
     """Copy the auxiliary files of ``root`` into the folder ``target`` (contents, not links)."""
     for path in auxiliary_files(root):
         shutil.copyfile(path, target / path.name)
+    for name in _FOLDERS:
+        if (root / name).is_dir():
+            (target / name).mkdir()
+            for path in sorted((root / name).iterdir()):
+                if path.is_file() and not path.is_symlink():  # a link could lead anywhere
+                    shutil.copyfile(path, target / name / path.name)

@@ -22,6 +22,8 @@ from moesurgeon.errors import CheckpointError
 
 # The limit of the safetensors library itself; real headers stay under 20 MB.
 MAX_HEADER_BYTES = 100_000_000
+# The limit of torch and numpy; it bounds the product of the sizes, too.
+MAX_DIMENSIONS = 64
 
 DTYPE_BITS: Mapping[str, int] = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -123,7 +125,9 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(raw, object_pairs_hook=no_duplicates)
+        value = json.loads(raw.decode(), object_pairs_hook=no_duplicates)
+        if b"\\u" in raw:  # only an escape can smuggle in half a character, which no file could be given
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _damaged(where, f"is not valid JSON ({type(error).__name__})") from error
     if not isinstance(value, dict):
@@ -139,11 +143,11 @@ def _stored_tensor(name: str, entry: object, shard: str, data_start: int) -> Sto
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _damaged(shard, f"gives {name!r} the unknown dtype {str(dtype)[:40]!r}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(shard, f"gives {name!r} a shape or offsets that are not sizes")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        raise _damaged(shard, f"gives {name!r} {offsets[1] - offsets[0]} bytes, but its shape needs {bits / 8:g}")
+        raise _damaged(shard, f"gives {name!r} {offsets[1] - offsets[0]} bytes, but its shape needs {bits} bits")
     return StoredTensor(name, dtype, tuple(shape), shard, data_start + offsets[0])
 
 

@@ -19,7 +19,9 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 PROVENANCE_NAME = "moesurgeon.json"
 # A JSON bomb must not eat the memory. DeepSeek-V3's index, the largest we know, has 9 MB.
+# Parsed, JSON takes up to 20 times its size ("[[],[],...").
 _MAX_JSON_BYTES = 256_000_000
+_MAX_CONFIG_BYTES = 16_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -90,7 +92,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
 def read_json_file(root: Path, name: str) -> dict[str, Any]:
     """Read the JSON object in ``root/name``; CheckpointError if it is missing, huge or malformed."""
     path = _inside(root, name)
-    if path.stat().st_size > _MAX_JSON_BYTES:
+    if path.stat().st_size > (_MAX_CONFIG_BYTES if name == CONFIG_NAME else _MAX_JSON_BYTES):
         raise CheckpointError(f"{name} has {path.stat().st_size} bytes; that is no file of a checkpoint")
     return parse_json(path.read_bytes(), name)
 
@@ -100,7 +102,7 @@ def _inside(root: Path, name: str) -> Path:
 
     Links are followed inside the folder, and from a hub cache's snapshot to the blobs beside it.
     """
-    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+    if not name or len(name.encode()) > 255 or any(sign in name for sign in "/\\\0") or name in (".", ".."):
         raise CheckpointError(f"the checkpoint names {name[:80]!r} as one of its files; refused: not a plain file name")
     path = root / name
     if not path.exists():
@@ -133,7 +135,10 @@ def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, StoredTens
                 f"{INDEX_NAME} promises {name!r} in {shard}, which does not hold it; download both again"
             )
         if tensors[name].shard != shard:
-            raise CheckpointError(f"{INDEX_NAME} places {name!r} in {shard}, but it is in {tensors[name].shard}")
+            raise CheckpointError(
+                f"{INDEX_NAME} places {name!r} in {shard}, but it is in "
+                f"{tensors[name].shard}; the shards were renamed or mixed up, download them again"
+            )
     unlisted = [name for name in tensors if name not in weight_map]
     if unlisted:
         raise CheckpointError(

@@ -26,6 +26,15 @@ def staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> 
     is complete. Raises UsageError for that and for a target in or around a source folder, OutputError
     if another process writes the same target or the disk refuses.
     """
+    try:
+        with _staged(target, overwrite=overwrite, sources=sources) as staging:
+            yield staging
+    except OSError as error:
+        raise OutputError(_disk_trouble(error, target)) from error
+
+
+@contextmanager
+def _staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     refuse_unusable(target, overwrite=overwrite, sources=sources)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +46,8 @@ def staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> 
         raise OutputError(f"another moesurgeon is writing {target}; wait for it or choose another folder") from error
     try:
         _clear_after_kill(staging, target)
+        # Again: another writer may have finished meanwhile, or a killed one's old target is back.
+        refuse_unusable(target, overwrite=overwrite, sources=sources)
         staging.mkdir()
         try:
             yield staging
@@ -51,8 +62,18 @@ def staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> 
 
 
 def refuse_unusable(target: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> None:
-    """Raise UsageError if ``target`` may not be written; for commands to call before long work."""
+    """Raise UsageError if ``target`` may not be written, OutputError if it cannot be.
+
+    For commands to call before long work.
+    """
     target = Path(os.path.abspath(target))
+    try:
+        _refuse(target, overwrite=overwrite, sources=sources)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise OutputError(_disk_trouble(error, target)) from error
+
+
+def _refuse(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
     for source in sources:
         real, home = target.resolve(), source.resolve()
         if real.is_relative_to(home) or home.is_relative_to(real):
@@ -61,6 +82,11 @@ def refuse_unusable(target: Path, *, overwrite: bool, sources: tuple[Path, ...] 
         raise UsageError(f"{target} exists and is not a folder; choose another output")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise UsageError(f"{target} is not empty; choose another folder or add --overwrite")
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir():
+        raise UsageError(f"{target} cannot be made: {parent} is a file; choose another output")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} may not be written to; choose another folder")
 
 
 def sync_tree(folder: Path) -> None:
@@ -103,3 +129,8 @@ def _install(staging: Path, target: Path) -> None:
     finally:
         os.close(parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _disk_trouble(error: OSError, target: Path) -> str:
+    what = os.strerror(error.errno) if error.errno else str(error)
+    return f"{target} could not be written ({what}); nothing was left behind, free space or choose another folder"

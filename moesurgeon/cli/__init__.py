@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import typer
 
 import moesurgeon
@@ -34,4 +37,6 @@ def _root(
 
 def main() -> None:
     """Entry point of the ``moesurgeon`` script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character of the bars gets a "?"
     app()

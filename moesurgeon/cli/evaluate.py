@@ -50,7 +50,7 @@ def _show(report: Report) -> None:
             distance = report["against"] if domain == "all" else report["against"]["domains"][domain]
             row += [
                 f"{distance['perplexity_ratio']:.3f}",
-                interval(distance["interval"]),
+                interval(distance["interval"], 3),
                 f"{distance['kl']:.4f}",
                 f"{distance['agreement']:.1%}",
                 f"{distance['esap']:.3f}",
@@ -70,9 +70,9 @@ def _row(name: str, figures: dict[str, Any]) -> list[str]:
         str(figures["documents"]),
         f"{figures['loss']:.4f}",
         f"{figures['perplexity']:.2f}",
-        interval(figures["interval"]),
+        interval(figures["interval"], 2),
     ]
 
 
-def interval(bounds: list[float]) -> str:
-    return f"{bounds[0]:.3g} - {bounds[1]:.3g}"
+def interval(bounds: list[float], digits: int) -> str:
+    return f"{bounds[0]:.{digits}f} - {bounds[1]:.{digits}f}"

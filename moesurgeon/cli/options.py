@@ -12,10 +12,10 @@ Source = Annotated[
 ]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist or be empty.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace the output once the new one is complete.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
-AllowNoop = Annotated[bool, typer.Option(help="Copy the checkpoint where nothing would change.")]
-Link = Annotated[bool, typer.Option(help="Hard-link shards that do not change instead of copying them.")]
+AllowNoop = Annotated[bool, typer.Option("--allow-noop", help="Copy the checkpoint where nothing would change.")]
+Link = Annotated[bool, typer.Option("--link", help="Hard-link shards that do not change instead of copying them.")]
 Layout = Annotated[
     str | None,
     typer.Option(help="Store the result per-expert, fused, or (DeepSeek-MoE v1) as qwen2-moe. Default: as the source."),
@@ -31,7 +31,9 @@ Traces = Annotated[
 ]
 SplitOption = Annotated[
     Literal["train", "calibration", "validation", "report", "all"] | None,
-    typer.Option(help="Which part of the traces. Default: this command's of builtin traces, all of yours."),
+    typer.Option(
+        help="Which part of the traces. Default: this command's of builtin traces; of yours all, or train to recover."
+    ),
 ]
 MaxTokens = Annotated[int, typer.Option(min=8, help="Tokens to read at most, for all traces together.")]
 Length = Annotated[

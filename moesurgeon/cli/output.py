@@ -11,11 +11,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
-from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, MoeSurgeonError
+from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, MoeSurgeonError, OutputError
 from moesurgeon.progress import SILENT, Advance, Progress
 
 SCHEMA = 1
@@ -26,31 +26,51 @@ Report = dict[str, Any]
 def answer(as_json: bool, work: Callable[[Progress], Report], show: Callable[[Report], None]) -> None:
     """Do ``work`` and print its report, as JSON or through ``show``; end the process as its errors say."""
     try:
-        report = work(SILENT if as_json else Bars())
-        if as_json:
-            print(json.dumps({"schema_version": SCHEMA, **report}, ensure_ascii=False, allow_nan=False))
+        try:
+            report = work(SILENT if as_json else Bars())
+            _print(report, None if as_json else show)
+        except KeyboardInterrupt:
+            _fail(as_json, "interrupted; nothing that looks finished was left behind", EXIT_INTERRUPTED)
+        except MoeSurgeonError as error:
+            if os.environ.get("MOESURGEON_DEBUG"):
+                traceback.print_exc()
+            _fail(as_json, " ".join(str(error).split()), error.exit_code)
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the end of the line: shown as the bug that it is
+            traceback.print_exc()
+            _fail(as_json, f"bug in moesurgeon ({type(error).__name__}): please report the lines above", EXIT_BUG)
+    except BrokenPipeError:  # the reader had enough, as in "| head"
+        _discard(sys.stdout, sys.stderr)
+        raise typer.Exit(EXIT_PIPE) from None
+
+
+def _print(report: Report, show: Callable[[Report], None] | None) -> None:
+    try:
+        if show is None:
+            # ASCII: a path can hold bytes that no encoding of the terminal's has.
+            print(json.dumps({"schema_version": SCHEMA, **report}, allow_nan=False))
         else:
             show(report)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader had enough, as in "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(EXIT_BUG) from None
-    except KeyboardInterrupt:
-        _fail(as_json, "interrupted; nothing was left behind", EXIT_INTERRUPTED)
-    except MoeSurgeonError as error:
-        if os.environ.get("MOESURGEON_DEBUG"):
-            traceback.print_exc()
-        _fail(as_json, " ".join(str(error).split()), error.exit_code)
-    except Exception as error:  # noqa: BLE001 - the end of the line: shown as the bug that it is
-        traceback.print_exc()
-        _fail(as_json, f"bug in moesurgeon ({type(error).__name__}): please report the lines above", EXIT_BUG)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard(sys.stdout)
+        raise OutputError(f"the result could not be printed ({error.strerror}); the work itself is done") from error
 
 
 def _fail(as_json: bool, message: str, code: int) -> None:
     print(f"moesurgeon: {message}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"schema_version": SCHEMA, "error": {"message": message, "exit_code": code}}))
+        print(json.dumps({"schema_version": SCHEMA, "error": {"message": message, "exit_code": code}}), flush=True)
     raise typer.Exit(code) from None
+
+
+def _discard(*streams: TextIO) -> None:
+    """Send what is still buffered nowhere, or the interpreter's own flush at the end fails again."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Bars:
@@ -143,6 +163,5 @@ def table(headings: list[str], rows: list[list[str]], title: str | None = None) 
     if title:
         print(title)
     # Redirected output has no width of its own; a table must not be cut there.
-    columns = zip(headings, *rows, strict=True)
-    width = None if sys.stdout.isatty() else sum(max(map(len, column)) + 2 for column in columns)
+    width = None if sys.stdout.isatty() else 10_000
     Console(width=width).print(grid)

@@ -25,7 +25,7 @@ def command(
         Path | None, typer.Option(help='A JSON file {"LAYER": [expert, ...]} with the choice itself.')
     ] = None,
     criterion: Annotated[str, typer.Option(help="frequency, gate, ean, man, reap, traffic-reap or random.")] = "reap",
-    seed: Annotated[int, typer.Option(help="For the random criterion.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the random criterion.")] = 0,
     layout: options.Layout = None,
     link: options.Link = False,
     overwrite: options.Overwrite = False,

@@ -33,7 +33,7 @@ def command(
         int | None, typer.Option(min=1, help="Experts per token that get a gradient. Default: all.")
     ] = None,
     judge_every: Annotated[int, typer.Option(min=1, help="Steps between looks at held-out text.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the adapters and of the order of the text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the adapters and of the order of the text.")] = 0,
     split: options.SplitOption = None,
     max_tokens: options.MaxTokens = 65536,
     heldout_tokens: Annotated[int, typer.Option(min=64, help="Tokens of the validation split that judge.")] = 16384,
@@ -86,7 +86,7 @@ def command(
 
 def _show(report: Report) -> None:
     if report["dry_run"]:
-        print(f"would train on {report['tokens']} and judge on {report['heldout_tokens']} tokens")
+        print(f"would train on {report['tokens']:,} and judge on {report['heldout_tokens']:,} held-out tokens")
         return
     closed = report["gap_closed"]
     print(

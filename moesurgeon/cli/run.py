@@ -17,7 +17,7 @@ NAME = "run"
 def command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML (see recipes/).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the run.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in that folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
     json: options.Json = False,
 ) -> None:
     """Carry out a whole operation and show what it cost."""
@@ -36,7 +36,7 @@ def _show(report: Report) -> None:
         ["experts, top-k", *(f"{stage['experts']}, top-{stage['top_k']}" for stage in stages)],
         ["parameters", *(amount(stage["parameters"]["total"]) for stage in stages)],
         ["active parameters", *(amount(stage["parameters"]["active"]) for stage in stages)],
-        ["FLOPs per token", *(amount(stage["flops_per_token"]) for stage in stages)],
+        ["active FLOPs per token", *(amount(stage["flops_per_token"]) for stage in stages)],
         ["size", *(size(stage["bytes"]) for stage in stages)],
         ["tokens/s", *(f"{stage['tokens_per_second']:,.0f}" for stage in stages)],
         ["utilization entropy", *(f"{stage['utilization_entropy']:.3f}" for stage in stages)],

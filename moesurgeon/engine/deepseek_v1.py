@@ -69,6 +69,8 @@ class DeepseekTopKRouter(nn.Module):
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
+        if config.scoring_func != "softmax":  # as the published file refuses it
+            raise ValueError(f"DeepSeek-MoE v1 has a softmax gate, but scoring_func is {config.scoring_func!r}")
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.n_routed_experts
         self.norm_topk_prob = config.norm_topk_prob

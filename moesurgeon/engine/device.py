@@ -33,6 +33,8 @@ def place(device: str, dtype: str, stored: str | None) -> Placement:
         device = accelerator.type if accelerator else "cpu"
     try:
         found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no data")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -16,6 +16,7 @@ from moesurgeon.checkpoint.open import Checkpoint
 from moesurgeon.engine import deepseek_v1
 from moesurgeon.engine.device import Placement
 from moesurgeon.errors import CheckpointError
+from moesurgeon.families.description import count_of
 from moesurgeon.surgery.anatomy import Anatomy
 
 deepseek_v1.register()
@@ -47,8 +48,8 @@ def load_model(checkpoint: Checkpoint, anatomy: Anatomy, placement: Placement) -
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # an untrusted config makes transformers raise anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot load {checkpoint.root}: {reason}"
         ) from error
@@ -75,7 +76,7 @@ def moe_blocks(model: nn.Module, anatomy: Anatomy) -> list[MoeBlock]:
 
 def context_length(anatomy: Anatomy) -> int:
     """Return the longest sequence that the checkpoint was made for (1024 if it does not say)."""
-    return int(anatomy.config.get("max_position_embeddings") or 1024)
+    return count_of(anatomy.config, "max_position_embeddings", 1024) or 1024
 
 
 @contextmanager

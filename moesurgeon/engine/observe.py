@@ -45,12 +45,12 @@ Visitor = Callable[[MoeBlock, Observation], None]
 def observed(blocks: Sequence[MoeBlock], visit: Visitor) -> Iterator[None]:
     """Call ``visit`` for every block of every forward pass inside the context."""
     handles, originals = [], []
-    for block in blocks:
-        seen: dict[str, torch.Tensor] = {}
-        handles.append(block.router.register_forward_hook(_keep_logits(seen)))
-        originals.append((block.experts, block.experts.forward))
-        block.experts.forward = _watching(block, seen, visit)
     try:
+        for block in blocks:
+            seen: dict[str, torch.Tensor] = {}
+            handles.append(block.router.register_forward_hook(_keep_logits(seen)))
+            originals.append((block.experts, block.experts.forward))
+            block.experts.forward = _watching(block, seen, visit)
         yield
     finally:
         for handle in handles:

@@ -28,8 +28,8 @@ class Routing:
         logits_TE = logits_TE.float()
         return logits_TE.softmax(-1) if self.scoring == "softmax" else logits_TE.sigmoid()
 
-    def choose(self, scores_TE: torch.Tensor, bias_E: torch.Tensor | None, top_k: int) -> torch.Tensor:
-        """Return the chosen experts [T, K], the best first."""
+    def ranked(self, scores_TE: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
+        """Return what the choice goes by [T, E]: scores with the bias, -inf outside the winning groups."""
         ranked = scores_TE if bias_E is None else scores_TE + bias_E.float()
         if self.groups > 1:
             grouped = ranked.unflatten(-1, (self.groups, -1))
@@ -38,7 +38,11 @@ class Routing:
             winners = group_scores_TG.topk(self.kept_groups, dim=-1).indices
             inside = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter_(-1, winners, True)
             ranked = grouped.masked_fill(~inside[..., None], float("-inf")).flatten(-2)
-        return ranked.topk(top_k, dim=-1).indices
+        return ranked
+
+    def choose(self, scores_TE: torch.Tensor, bias_E: torch.Tensor | None, top_k: int) -> torch.Tensor:
+        """Return the chosen experts [T, K], the best first."""
+        return self.ranked(scores_TE, bias_E).topk(top_k, dim=-1).indices
 
     def weights(self, scores_TE: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
         """Return the weights [T, K] of the chosen experts."""
@@ -52,7 +56,7 @@ def routing_of(anatomy: Anatomy) -> Routing:
     """Return how ``anatomy`` routes."""
     rule = anatomy.family.router
     groups, kept = anatomy.groups
-    scale = float(anatomy.config.get(rule.scale_key, 1.0)) if rule.scale_key else 1.0
+    scale = float(anatomy.config.get(rule.scale_key or "", rule.scale_default))
     score = rule.groups.score if rule.groups else "max"
     return Routing(rule.scoring, anatomy.renormalises, scale, groups, kept, score)
 

@@ -31,7 +31,8 @@ _COLUMNS = 5
 class Measurement:
     """Sums per window. ``domain`` and ``document`` [W] number them, ``positions`` [W] counts the
     predicted tokens, ``sums`` [W, 5] holds the columns above; ``by_position`` [P, 6] the same per
-    position in the window, with the count last. ``seconds``: time of the model alone.
+    position in the window, with the count last. ``tokens_per_second``: of the
+    model alone, the median over batches: one busy moment of the machine does not count.
     """
 
     domains: tuple[str, ...]
@@ -40,7 +41,7 @@ class Measurement:
     positions: NDArray[np.int64]
     sums: NDArray[np.float64]
     by_position: NDArray[np.float64]
-    seconds: float
+    tokens_per_second: float
     tokens: int
     has_teacher: bool
 
@@ -63,11 +64,12 @@ def measure(
     rows: list[tuple[int, int, int]] = []
     sums: list[NDArray[np.float64]] = []
     by_position = np.zeros((length, _COLUMNS + 1))
-    seconds, tokens = 0.0, sum(corpus.tokens.values())
+    speeds: list[float] = []
+    tokens = sum(corpus.tokens.values())
     with progress.task(label, tokens, "tokens") as advance:
         for batch in batches_of(corpus, rows=rows_for(length), device=model.device):
             hidden, took = _hidden(model, batch)
-            seconds += took
+            speeds.append(batch.text_tokens / took)
             beside = _hidden(teacher, batch)[0] if teacher is not None else None
             values_BTC = _compare(model, hidden, teacher, beside, batch)
             valid = batch.is_text[:, 1:].cpu().numpy()
@@ -90,7 +92,7 @@ def measure(
         positions,
         np.stack(sums),
         by_position,
-        seconds,
+        float(np.median(speeds)),
         tokens,
         teacher is not None,
     )

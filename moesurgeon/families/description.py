@@ -11,6 +11,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from moesurgeon.errors import CheckpointError
+
+# Layers and experts have at most six digits in the patterns below; no model comes near, and a count
+# from an untrusted config must not become a loop without end.
+MAX_COUNT = 1_000_000
+
+
+def count_of(config: Mapping[str, Any], key: str | None, default: int) -> int:
+    """Return the number under ``key``, or ``default`` where it is absent or null.
+
+    Raises CheckpointError for anything that is no number from 0 to ``MAX_COUNT``.
+    """
+    value = config.get(key) if key else None
+    if value is None:
+        return default
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise CheckpointError(f"config.json gives {key} = {str(value)[:40]!r}, which is no usable number; restore it")
+    return value
+
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
@@ -18,10 +37,18 @@ class Groups:
 
     count_key: str
     kept_key: str
+    # What transformers takes where config.json does not say.
+    count_default: int = 1
+    kept_default: int = 1
     # Only with this value of this config key; None: always.
     only_if: tuple[str, str] | None = None
     # The score of a group: its best expert, or the sum of its best two.
     score: Literal["max", "top2-sum"]
+
+    @property
+    def least(self) -> int:
+        """The experts that a group needs, so that its score can be taken."""
+        return 2 if self.score == "top2-sum" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +67,12 @@ class MoeLayers:
 
     def of(self, config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
         """Return the numbers of the layers that ``config`` makes mixtures, of ``layers`` in all."""
-        first = int(config.get(self.first_dense_key or "", 0) or 0)
-        frequency = int(config.get(self.frequency_key or "", 1) or 1)
-        step = int(config.get(self.step_key or "", 1) or 1)
-        dense = config.get(self.dense_layers_key or "", ()) or ()
+        first = count_of(config, self.first_dense_key, 0)
+        frequency = count_of(config, self.frequency_key, 1) or 1
+        step = count_of(config, self.step_key, 1) or 1
+        dense = config.get(self.dense_layers_key or "") or []
+        if not isinstance(dense, list):
+            raise CheckpointError(f"config.json gives {self.dense_layers_key} as something that is no list; restore it")
         return tuple(
             layer
             for layer in range(first, layers)
@@ -66,6 +95,8 @@ class RouterRule:
     # Where even a renormalising gate leaves the weight of a single choice as it is.
     single_is_raw: bool = False
     scale_key: str | None = None
+    # What transformers takes where config.json does not say.
+    scale_default: float = 1.0
     groups: Groups | None = None
     # Whether a per-expert bias takes part in the choice (not in the weights).
     selection_bias: bool = False
@@ -84,7 +115,8 @@ class RouterRule:
             return 1, 1
         if self.groups.only_if and config.get(self.groups.only_if[0]) != self.groups.only_if[1]:
             return 1, 1
-        return int(config.get(self.groups.count_key) or 1), int(config.get(self.groups.kept_key) or 1)
+        count = count_of(config, self.groups.count_key, self.groups.count_default) or 1
+        return count, count_of(config, self.groups.kept_key, self.groups.kept_default) or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +197,7 @@ class Family:
     layer: str = "model.layers.{layer}"
     attention: str = "model.layers.{layer}.self_attn."
     embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
     router: RouterRule
     layouts: tuple[Layout, ...]

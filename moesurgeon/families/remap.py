@@ -14,7 +14,7 @@ from typing import Any
 
 from moesurgeon.errors import UsageError
 from moesurgeon.families.deepseek import DEEPSEEK_V1
-from moesurgeon.families.description import Family
+from moesurgeon.families.description import Family, count_of
 from moesurgeon.families.qwen2_moe import QWEN2_MOE
 
 
@@ -35,30 +35,31 @@ class Remap:
 
 
 def _qwen2_moe_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    shared = int(config.get("n_shared_experts") or 0)
+    shared = count_of(config, "n_shared_experts", 0)
     for fits, problem in (
         (config.get("scoring_func", "softmax") == "softmax", "its gate is no softmax"),
         (not config.get("attention_bias"), "its attention has biases"),
         (not config.get("mlp_bias"), "its MLPs have biases"),
         (
-            int(config.get("moe_layer_freq") or 1) == 1,
+            count_of(config, "moe_layer_freq", 1) in (0, 1),
             "its mixtures are not in every layer after the first dense ones",
         ),
         (shared > 0, "it has no shared experts"),
     ):
         if not fits:
             raise UsageError(f"this checkpoint cannot be written as Qwen2-MoE: {problem}; leave out --layout")
+    experts = next(config[key] for key in DEEPSEEK_V1.experts_keys if config.get(key) is not None)
     top_k = int(config["num_experts_per_tok"])
     width = int(config["moe_intermediate_size"])
     values = {
         "model_type": "qwen2_moe",
         "architectures": ["Qwen2MoeForCausalLM"],
-        "num_experts": config["n_routed_experts"],
+        "num_experts": experts,
         # v1 never renormalises a single weight, Qwen2-MoE would.
         "norm_topk_prob": bool(config.get("norm_topk_prob")) and top_k > 1,
         "qkv_bias": False,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(int(config.get("first_k_dense_replace") or 0))),
+        "mlp_only_layers": list(range(count_of(config, "first_k_dense_replace", 0))),
         "moe_intermediate_size": width,
         "shared_expert_intermediate_size": width * shared,
         "router_aux_loss_coef": config.get("aux_loss_alpha", 0.001),

@@ -8,13 +8,13 @@ from typing import Any
 
 import transformers
 
-from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.engine.device import place
 from moesurgeon.engine.model import load_model
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.text import read_text, window_length
-from moesurgeon.profiling.artefact import Origin, Profile, save_profile
+from moesurgeon.pipeline.write import refuse_output
+from moesurgeon.profiling.artefact import FACTS, Origin, Profile, save_profile
 from moesurgeon.profiling.profiler import take_profile
 from moesurgeon.progress import SILENT, Progress
 
@@ -32,7 +32,7 @@ def profile(
 ) -> dict[str, Any]:
     """Profile ``source`` on the calibration split and write the artefact."""
     subject = open_subject(source)
-    refuse_unusable(output.output, overwrite=output.overwrite, sources=(subject.root,))
+    refuse_output(output.output, FACTS, overwrite=output.overwrite, sources=(subject.root,))
     placement = place(running.device, running.dtype, subject.stored_dtype)
     corpus = read_text(subject, text, builtin_split="calibration")
     length = window_length(subject, text)

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesurgeon.checkpoint.staging import refuse_unusable
+from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.errors import InputError, NothingToDo, ProfileError, UsageError
 from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.subject import Subject, open_subject
-from moesurgeon.pipeline.write import finish
+from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.profiling.artefact import Profile, load_profile
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.selection.choose import best, count_to_keep
 from moesurgeon.selection.criteria import scores_of
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import Kept, check_count, plan_prune
+
+_KEPT = '{"LAYER": [expert, ...]}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +42,14 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
     """Write ``source`` without the experts that ``spec`` does not keep."""
     subject = open_subject(source)
     anatomy = subject.anatomy
-    refuse_unusable(writing.output, overwrite=writing.overwrite, sources=(subject.root,))
+    refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     kept, how = _choice(subject, spec)
-    plan = plan_prune(anatomy, kept)
+    try:
+        plan = plan_prune(anatomy, kept)
+    except UsageError as error:
+        if spec.keep_experts is None:
+            raise
+        raise InputError(f"{spec.keep_experts}: {error}") from error
     if plan.changes_nothing and not writing.allow_noop:
         raise NothingToDo(f"nothing to prune: all {anatomy.experts} experts of every layer would stay; keep fewer")
     if plan.record:
@@ -67,7 +74,7 @@ def _choice(subject: Subject, spec: PruneSpec) -> tuple[Kept, dict[str, Any]]:
     """Return the experts that stay and, for the record, how they were chosen."""
     anatomy = subject.anatomy
     if spec.keep_experts is not None:
-        if spec.profile or spec.keep or spec.ratio:
+        if (spec.profile, spec.keep, spec.ratio) != (None, None, None):
             raise UsageError("--keep-experts already says what stays: leave out --profile, --keep and --ratio")
         return _read_kept(spec.keep_experts), {"criterion": "keep-experts"}
     if spec.profile is None:
@@ -97,10 +104,18 @@ def _check_profile(profile: Profile, subject: Subject, path: Path) -> None:
 def _read_kept(path: Path) -> Kept:
     """Read ``{"LAYER": [expert, ...]}`` with the source's numbering."""
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        kept = {int(layer): tuple(experts) for layer, experts in loaded.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} cannot be read as {{layer: [expert, ...]}}: {error}") from error
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
+        layers = [int(layer) for layer, _experts in pairs]
+        kept = {int(layer): tuple(experts) for layer, experts in pairs}
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a JSON file {_KEPT}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not of the form {_KEPT}: {str(error)[:200]}; correct it") from error
     if not kept or not all(experts and all(type(item) is int for item in experts) for experts in kept.values()):
-        raise InputError(f"{path} must map each layer to a list of expert numbers that is not empty")
+        raise InputError(f"{path} must map each layer to a list of expert numbers that is not empty: {_KEPT}")
+    if len(layers) != len(kept):
+        raise InputError(f"{path} names a layer twice; list each once")
+    for layer, experts in kept.items():
+        if len(set(experts)) != len(experts):
+            raise InputError(f"{path}: layer {layer} lists an expert twice; list each that stays once")
     return kept

@@ -14,10 +14,10 @@ The steps fill the same objects as the commands' options:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moesurgeon.errors import InputError
 from moesurgeon.pipeline.options import Running, Text
@@ -27,6 +27,7 @@ from moesurgeon.recovery.train import Schedule
 from moesurgeon.surgery.retop import RetopSpec
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
+_Tokens = Annotated[int, Field(ge=8)]
 
 
 class RecoverStep(BaseModel):
@@ -36,8 +37,8 @@ class RecoverStep(BaseModel):
 
     losses: Losses = Losses()
     schedule: Schedule = Schedule()
-    max_tokens: int | None = 65536
-    heldout_tokens: int = 16384
+    max_tokens: _Tokens | None = 65536
+    heldout_tokens: _Tokens = 16384
     allow_noop: bool = False
 
 
@@ -46,7 +47,7 @@ class ProfileStep(BaseModel):
 
     model_config = _STRICT
 
-    max_tokens: int | None = 65536
+    max_tokens: _Tokens | None = 65536
 
 
 class Step(BaseModel):
@@ -58,6 +59,14 @@ class Step(BaseModel):
     profile: ProfileStep | None = None
     prune: PruneSpec | None = None
     recover: RecoverStep | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_defaults(cls, value: Any) -> Any:
+        """``- profile:`` with nothing behind it means its defaults."""
+        if not isinstance(value, dict):
+            return value
+        return {name: {} if given is None else given for name, given in value.items()}
 
     @model_validator(mode="after")
     def _is_one(self) -> Step:
@@ -78,7 +87,7 @@ class Recipe(BaseModel):
     checkpoint: str
     text: Text = Text()
     running: Running = Running()
-    report_tokens: int = 65536
+    report_tokens: _Tokens = 65536
     steps: tuple[Step, ...]
 
     @model_validator(mode="after")
@@ -89,7 +98,7 @@ class Recipe(BaseModel):
                 raise ValueError("prune needs a profile of the checkpoint as it is then: put a profile step before it")
             fresh = step.name == "profile"
         if not self.steps:
-            raise ValueError("there are no steps")
+            raise ValueError("there are no steps; list at least one under steps")
         return self
 
 
@@ -100,9 +109,24 @@ def read_recipe(path: Path) -> Recipe:
         return Recipe.model_validate(loaded)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; give the path of a recipe") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not valid YAML ({' '.join(str(error).split())[:200]}); correct it") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the recipe"
-        raise InputError(f"{path}: {where}: {first['msg']}") from error
+        raise InputError(f"{path}: {_what_is_wrong(error)}") from error
+
+
+def _what_is_wrong(error: ValidationError) -> str:
+    """Say in a line where the first problem of a recipe is and what it is."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the recipe"
+    match first["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"{where}: there is no such key; remove it or correct its name"
+        case "missing":
+            return f"{where} is missing; add it"
+        case "model_type" | "dataclass_type":
+            return f"{where} must be keys with values, not {str(first['input'])[:60]!r}; see the recipes for examples"
+        case "value_error":
+            return f"{where}: {first['ctx']['error']}"
+        case _:
+            return f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {str(first['input'])[:60]!r}"

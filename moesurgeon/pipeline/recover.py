@@ -10,21 +10,21 @@ from typing import Any
 import torch
 
 from moesurgeon.checkpoint.header import TensorSpec
-from moesurgeon.checkpoint.staging import refuse_unusable
+from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.engine.device import place
 from moesurgeon.engine.model import load_model
-from moesurgeon.errors import NothingToDo
+from moesurgeon.errors import CheckpointError, NothingToDo, UsageError
 from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import read_text, window_length
-from moesurgeon.pipeline.write import finish
+from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import SILENT, Progress
+from moesurgeon.recovery.adapters import STORED
 from moesurgeon.recovery.objective import Losses, refuse_without_gradient
 from moesurgeon.recovery.train import Recovered, Schedule, recover_routers
 from moesurgeon.surgery import edits
+from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, identity
-
-_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +47,37 @@ def recover(
 ) -> dict[str, Any]:
     """Train the routers of ``source`` towards ``spec.teacher`` and write the best state.
 
-    Trains on the calibration split and judges on the validation split. Where no state beats the
-    start on held-out text, nothing is written (NothingToDo) unless ``writing`` allows a copy.
+    Trains on the calibration split (of the user's traces on the train split, the largest) and judges on
+    the validation split. Where no state beats the start on held-out text, nothing is written
+    (NothingToDo) unless ``writing`` allows a copy.
     """
     subject, teacher = open_subject(source), open_subject(spec.teacher)
-    refuse_unusable(writing.output, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
+    refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
     refuse_without_gradient(subject.anatomy, spec.losses.objective)
+    _refuse_unwritable(subject, writing)
     placement = place(running.device, running.dtype, subject.stored_dtype)
     length = window_length(subject, text)
-    corpus = read_text(subject, text, builtin_split="calibration")
+    if text.split in ("validation", "all"):
+        raise UsageError(
+            f"--split {text.split} would train on the text that judges the result; use train or calibration"
+        )
+    corpus = read_text(subject, text, builtin_split="calibration", own_split="train")
     heldout_text = replace(text, max_tokens=spec.heldout_tokens, split="validation")
     heldout = read_text(subject, heldout_text, builtin_split="validation")
+    if spec.losses.objective == "distill" and subject.fingerprint == teacher.fingerprint:
+        raise UsageError(
+            f"{source} is its own teacher, so there is nothing to learn; give the checkpoint before the surgery"
+        )
+    report: dict[str, Any] = {
+        "teacher": spec.teacher,
+        "tokens": sum(corpus.tokens.values()),
+        "heldout_tokens": sum(heldout.tokens.values()),
+        "domains": dict(corpus.tokens),
+        "splits": dict(corpus.splits),
+        "placement": str(placement),
+    }
     if writing.dry_run:
-        return {"source": source, "dry_run": True, "tokens": corpus.tokens, "heldout_tokens": heldout.tokens}
+        return {**report, "source": source, "output": str(writing.output), "dry_run": True}
     recovered = recover_routers(
         load_model(subject.checkpoint, subject.anatomy, placement),
         load_model(teacher.checkpoint, teacher.anatomy, placement),
@@ -79,12 +97,22 @@ def recover(
     origin = {"teacher": teacher.fingerprint, "traces": corpus.hashes, "heldout_traces": heldout.hashes}
     plan = plan_routers(subject, recovered, spec, origin)
     return {
-        "teacher": spec.teacher,
-        "tokens": corpus.tokens,
-        "placement": str(placement),
+        **report,
         **recovered.as_dict(),
         **finish(plan, subject, writing, progress),
     }
+
+
+def _refuse_unwritable(subject: Subject, writing: Writing) -> None:
+    """Raise now what writing the result would raise after the training."""
+    if writing.layout is not None:
+        plan_layout(subject.anatomy, writing.layout)
+    for layer in subject.anatomy.moe_layers:
+        router = subject.anatomy.tensors[subject.anatomy.router_weight(layer)]
+        if router.dtype not in STORED:
+            raise CheckpointError(
+                f"{router.name} is stored as {router.dtype}; only {', '.join(STORED)} can be trained: convert it"
+            )
 
 
 def plan_routers(subject: Subject, recovered: Recovered, spec: RecoverSpec, origin: Mapping[str, Any]) -> EditPlan:
@@ -112,7 +140,6 @@ def plan_routers(subject: Subject, recovered: Recovered, spec: RecoverSpec, orig
 
 
 def tensor_bytes(tensor: torch.Tensor, stored: TensorSpec) -> bytes:
-    """Return ``tensor`` as bytes of the dtype that ``stored`` names."""
-    assert tuple(tensor.shape) == stored.shape
-    cast = tensor.to(_STORED[stored.dtype]).contiguous()
-    return cast.view(torch.uint8).numpy().tobytes()
+    """Return the bytes of ``tensor``, which is of the dtype and shape that ``stored`` names."""
+    assert (tuple(tensor.shape), tensor.dtype) == (stored.shape, STORED[stored.dtype])
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

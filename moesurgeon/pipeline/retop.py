@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from moesurgeon.checkpoint.staging import refuse_unusable
+from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.pipeline.inspect import output_scale
 from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.subject import open_subject
-from moesurgeon.pipeline.write import finish
+from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.cost import count_flops
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
@@ -17,7 +17,7 @@ from moesurgeon.surgery.retop import RetopSpec, plan_retop
 def retop(source: str, spec: RetopSpec, writing: Writing, progress: Progress = SILENT) -> dict[str, Any]:
     """Write ``source`` with ``spec.top_k`` experts per token."""
     subject = open_subject(source)
-    refuse_unusable(writing.output, overwrite=writing.overwrite, sources=(subject.root,))
+    refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     plan = plan_retop(subject.anatomy, spec)
     after = plan.result(subject.anatomy)
     return {

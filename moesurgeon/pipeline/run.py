@@ -15,16 +15,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from moesurgeon.checkpoint.staging import refuse_unusable
+from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.evaluate import evaluate
 from moesurgeon.pipeline.inspect import inspect
-from moesurgeon.pipeline.options import Writing
+from moesurgeon.pipeline.options import Text, Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
 from moesurgeon.pipeline.recipe import Recipe, Step, read_recipe
 from moesurgeon.pipeline.recover import RecoverSpec, recover
 from moesurgeon.pipeline.retop import retop
+from moesurgeon.pipeline.subject import open_subject
+from moesurgeon.pipeline.text import trace_specs, window_length
 from moesurgeon.progress import SILENT, Progress
+from moesurgeon.recovery.objective import refuse_without_gradient
+from moesurgeon.selection.choose import best, count_to_keep
+from moesurgeon.surgery.prune import check_count, plan_prune
+from moesurgeon.surgery.retop import plan_retop
+from moesurgeon.traces.documents import Split
 
 _JOURNAL, _FIGURES = "journal.jsonl", "figures.json"
 _ENTROPY_TOKENS = 12288  # for a stage's utilisation figures; a cut is decided on the profile step's own
@@ -41,6 +52,7 @@ class RunOutput:
 def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> dict[str, Any]:
     """Carry out the recipe and return the figures of the original and of every stage."""
     recipe = read_recipe(recipe_path)
+    _refuse_impossible(recipe, output)
     folder = output.output
     previous = _make_way(output)
     started = time.monotonic()
@@ -52,7 +64,7 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
         progress.note(f"step {number} of {len(recipe.steps)}: {step.name}")
         place = folder / "stages" / f"{number:02d}-{step.name}"
         if step.profile:
-            text = replace(recipe.text, max_tokens=step.profile.max_tokens)
+            text = _text(recipe, "calibration", step.profile.max_tokens)
             profile(current, ProfileOutput(output=place), text, recipe.running, progress)
             taken = place
             _log(folder, {"stage": step.name, "profile": str(place.relative_to(folder))})
@@ -74,6 +86,32 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
     if (previous / _JOURNAL).is_file():
         shutil.rmtree(previous)
     return {"output": str(folder), **figures}
+
+
+def _refuse_impossible(recipe: Recipe, output: RunOutput) -> None:
+    """Raise now, from headers alone, what a step would raise after the work of those before it."""
+    subject = open_subject(recipe.checkpoint)
+    refuse_unusable(output.output, overwrite=True, sources=(subject.root,))
+    device.place(recipe.running.device, recipe.running.dtype, subject.stored_dtype)
+    window_length(subject, recipe.text)
+    trace_specs(recipe.text)
+    anatomy = subject.anatomy
+    for step in recipe.steps:
+        if step.retop:
+            anatomy = plan_retop(anatomy, step.retop).result(anatomy)
+        elif step.prune and step.prune.keep_experts is None:
+            count = count_to_keep(anatomy.experts, keep=step.prune.keep, ratio=step.prune.ratio)
+            check_count(anatomy, count)
+            # Which experts is for the profile to say; here any will do.
+            scores = np.zeros((len(anatomy.moe_layers), anatomy.experts))
+            anatomy = plan_prune(anatomy, best(scores, anatomy.moe_layers, count, anatomy.groups[0])).result(anatomy)
+        elif step.recover:
+            refuse_without_gradient(anatomy, step.recover.losses.objective)
+
+
+def _text(recipe: Recipe, split: Split, max_tokens: int | None) -> Text:
+    """Return the recipe's text for one purpose: what calibrates is not what is reported on."""
+    return replace(recipe.text, split=recipe.text.split or split, max_tokens=max_tokens)
 
 
 def _write(
@@ -103,12 +141,12 @@ def _measured(
     """Return the figures of one stage: size, cost, held-out quality, balance, speed."""
     facts = inspect(checkpoint)
     against = None if stage == "original" else recipe.checkpoint
-    text = replace(recipe.text, max_tokens=recipe.report_tokens)
+    text = _text(recipe, "report", recipe.report_tokens)
     quality = evaluate(checkpoint, against, text, recipe.running, progress)
     usage = profile(
         checkpoint,
         ProfileOutput(output=usage_folder),
-        replace(recipe.text, max_tokens=_ENTROPY_TOKENS),
+        _text(recipe, "calibration", _ENTROPY_TOKENS),
         recipe.running,
         progress,
     )
@@ -143,7 +181,7 @@ def _make_way(output: RunOutput) -> Path:
     folder = output.output
     previous = folder.with_name(f"{folder.name}.previous")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / _JOURNAL).is_file():
+        if not (folder / _JOURNAL).is_file() or not (folder / "stages").is_dir():
             raise UsageError(f"{folder} exists and is not the folder of a run; choose another")
         if not output.overwrite:
             raise UsageError(f"{folder} holds a run already; choose another folder or add --overwrite")

@@ -9,6 +9,7 @@ from pathlib import Path
 from moesurgeon.checkpoint.locate import locate
 from moesurgeon.checkpoint.open import Checkpoint, open_checkpoint
 from moesurgeon.checkpoint.reader import fingerprint
+from moesurgeon.errors import CheckpointError
 from moesurgeon.surgery.anatomy import Anatomy, examine
 from moesurgeon.surgery.completeness import require_complete
 
@@ -38,7 +39,10 @@ class Subject:
 
 def open_subject(name: str, *, complete: bool = True) -> Subject:
     """Open the checkpoint that ``name`` means and, with ``complete``, refuse one with gaps."""
-    checkpoint = open_checkpoint(locate(name))
+    try:
+        checkpoint = open_checkpoint(locate(name))
+    except OSError as error:
+        raise CheckpointError(f"{name[:200]} cannot be read ({error.strerror}); check path and permissions") from error
     anatomy = examine(checkpoint.config, checkpoint.tensors)
     if complete:
         require_complete(anatomy)

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 from moesurgeon.engine.model import context_length
-from moesurgeon.errors import UsageError
+from moesurgeon.errors import CheckpointError, UsageError
+from moesurgeon.families.description import count_of
 from moesurgeon.pipeline.options import Text
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.traces.documents import Split
-from moesurgeon.traces.spec import parse_traces
+from moesurgeon.traces.spec import TraceSpec, parse_traces
 from moesurgeon.traces.tokenizer import load_tokenizer
 from moesurgeon.traces.windows import Corpus, load_corpus
 
 _LENGTH = 512
 
 
-def read_text(subject: Subject, text: Text, *, builtin_split: Split) -> Corpus:
+def read_text(subject: Subject, text: Text, *, builtin_split: Split, own_split: Split = "all") -> Corpus:
     """Return the windows that ``text`` asks for, made with the subject's tokenizer.
 
-    Builtin traces are read in ``builtin_split`` and the user's in full, unless ``text`` names a split.
+    Builtin traces are read in ``builtin_split`` and the user's in ``own_split``, unless ``text`` names one.
+    Raises CheckpointError for a tokenizer that makes tokens the checkpoint does not have.
     """
-    specs = parse_traces(text.traces)
-    splits = [text.split or (builtin_split if spec.builtin else "all") for spec in specs]
+    specs = trace_specs(text)
+    splits = [text.split or (builtin_split if spec.builtin else own_split) for spec in specs]
     tokenize = load_tokenizer(subject.root)
-    return load_corpus(specs, tokenize, splits=splits, length=window_length(subject, text), max_tokens=text.max_tokens)
+    corpus = load_corpus(
+        specs, tokenize, splits=splits, length=window_length(subject, text), max_tokens=text.max_tokens
+    )
+    highest = max(int(window.tokens.max()) for window in corpus.windows)
+    if highest >= (known := count_of(subject.anatomy.config, "vocab_size", highest + 1)):
+        raise CheckpointError(
+            f"the tokenizer in {subject.root} makes token {highest}, the checkpoint has {known}: "
+            "it is another model's, copy the right one there"
+        )
+    return corpus
+
+
+def trace_specs(text: Text) -> tuple[TraceSpec, ...]:
+    """Return which traces ``text`` names; UsageError if there are none."""
+    specs = parse_traces(text.traces)
+    if not specs:
+        raise UsageError("no traces are given; name at least one, such as builtin:all")
+    return specs
 
 
 def window_length(subject: Subject, text: Text) -> int:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from moesurgeon.errors import NothingToDo
+from moesurgeon.checkpoint.staging import refuse_unusable
+from moesurgeon.errors import NothingToDo, UsageError
 from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.progress import Progress
 from moesurgeon.surgery.apply import apply
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, compose
+
+
+def refuse_output(target: Path, holds: str, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
+    """Raise UsageError or OutputError now if ``target`` could not be written later.
+
+    Only a folder that ``holds`` this file, so what is written here, is ever replaced.
+    """
+    refuse_unusable(target, overwrite=overwrite, sources=sources)
+    if target.is_dir() and any(target.iterdir()) and not (target / holds).is_file():
+        raise UsageError(f"{target} has no {holds}, so --overwrite does not replace it; choose another folder")
 
 
 def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progress) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from moesurgeon.errors import CheckpointError, ProfileError
 from moesurgeon.profiling.statistics import PEAK, PER_EXPERT, PER_LAYER, Statistics, normalised_entropy
 
 SCHEMA = 1
-_SUMS, _FACTS = "stats.safetensors", "profile.json"
+_SUMS = "stats.safetensors"
+FACTS = "profile.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +78,17 @@ def save_profile(profile: Profile, folder: Path, *, overwrite: bool = False) -> 
     }
     with staged(folder, overwrite=overwrite) as staging:
         save_file({"seen": statistics.seen, **statistics.sums}, staging / _SUMS)
-        (staging / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (staging / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def load_profile(folder: Path) -> Profile:
     """Read the profile in ``folder``; ProfileError if it is missing, damaged or of another version."""
     from safetensors.numpy import load_file
 
-    if not (folder / _FACTS).is_file() or not (folder / _SUMS).is_file():
-        raise ProfileError(f"{folder} is no profile: it lacks {_FACTS} or {_SUMS}; make one with moesurgeon profile")
+    if not (folder / FACTS).is_file() or not (folder / _SUMS).is_file():
+        raise ProfileError(f"{folder} is no profile: it lacks {FACTS} or {_SUMS}; make one with moesurgeon profile")
     try:
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         if facts.get("schema_version") != SCHEMA:
             raise ProfileError(
                 f"{folder} has schema version {facts.get('schema_version')}, not {SCHEMA}; profile again"
@@ -103,14 +104,15 @@ def load_profile(folder: Path) -> Profile:
             arrays,
         )
         profile = Profile(statistics, Origin(**facts["origin"]))
-    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
         raise ProfileError(
             f"{folder} is damaged ({type(error).__name__}); make it again with moesurgeon profile"
         ) from error
     shape = (len(statistics.domains), len(statistics.layers), statistics.experts)
-    for name in (*PER_EXPERT, PEAK, *PER_LAYER):
-        expected = shape[:2] if name in PER_LAYER else shape
-        if name not in arrays or arrays[name].shape != expected or not np.isfinite(arrays[name]).all():
+    shapes = {"seen": shape[:1], **dict.fromkeys((*PER_EXPERT, PEAK), shape), **dict.fromkeys(PER_LAYER, shape[:2])}
+    for name, expected in shapes.items():
+        array = statistics.seen if name == "seen" else arrays.get(name)
+        if array is None or array.shape != expected or not np.isfinite(array).all():
             raise ProfileError(f"{folder} is damaged ({name}); make it again with moesurgeon profile")
     return profile
 

@@ -9,13 +9,14 @@ the choice and sg() stopping the gradient,
 forwards exactly the hard choice, backwards every expert's output speaks:
 d weight_j = (dp_j - m_j sum dp) / p_chosen.
 
-Legend: T tokens, E experts, M candidates (the chosen expert first, then the likeliest others).
+Legend: T tokens, E experts, K experts per token, M candidates (the chosen first, then the likeliest others).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -39,30 +40,37 @@ def straight_through(
     return gated * routing.scale
 
 
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What one router made of T tokens: ``logits`` [T, E] with their gradient, ``chosen`` [T, K]."""
+
+    logits: torch.Tensor
+    chosen: torch.Tensor
+
+
 @contextmanager
-def learning_routers(
-    model: PreTrainedModel, anatomy: Anatomy, *, candidates: int | None
-) -> Iterator[list[torch.Tensor]]:
+def learning_routers(model: PreTrainedModel, anatomy: Anatomy, *, candidates: int | None) -> Iterator[list[Routed]]:
     """Inside the context, routers pass gradients for all (or the likeliest ``candidates``) experts.
 
     The model computes what it computed before; only gradients are new. Yields a list that each forward
-    pass fills with the routers' logits [T, E], for a balancing loss; the caller clears it.
+    pass under gradients fills, router by router, for a balancing loss; the caller clears it.
     """
     routing = routing_of(anatomy)
-    logits: list[torch.Tensor] = []
+    routed: list[Routed] = []
+    candidates = min(candidates or anatomy.experts, anatomy.experts)
     blocks = moe_blocks(model, anatomy)
     originals = [block.router.forward for block in blocks]
     for block in blocks:
-        block.router.forward = _forward(block, routing, anatomy.top_k, candidates or anatomy.experts, logits)
+        block.router.forward = _forward(block, routing, anatomy.top_k, candidates, routed)
     try:
-        yield logits
+        yield routed
     finally:
         for block, original in zip(blocks, originals, strict=True):
             block.router.forward = original
 
 
 def _forward(
-    block: MoeBlock, routing: Routing, top_k: int, candidates: int, seen: list[torch.Tensor]
+    block: MoeBlock, routing: Routing, top_k: int, candidates: int, routed: list[Routed]
 ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     router: nn.Module = block.router
 
@@ -70,10 +78,12 @@ def _forward(
         weight: torch.Tensor = router.weight  # type: ignore[assignment]
         flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(weight.dtype)
         logits_TE = F.linear(flat, weight)
-        seen.append(logits_TE)
         scores_TE = routing.scores(logits_TE)
         chosen_TK = routing.choose(scores_TE.detach(), selection_bias(router), top_k)
-        if candidates <= top_k:
+        learns = torch.is_grad_enabled()  # a pass that only judges runs the chosen experts alone
+        if learns:
+            routed.append(Routed(logits_TE, chosen_TK))
+        if candidates <= top_k or not learns:
             return logits_TE, routing.weights(scores_TE, chosen_TK).to(hidden_states.dtype), chosen_TK
         # The chosen first, then the others by score: their weight is zero, their gradient is not.
         rest = scores_TE.detach().scatter(-1, chosen_TK, -1.0).topk(candidates - top_k, dim=-1).indices

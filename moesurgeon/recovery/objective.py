@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from moesurgeon.engine.routing import Routing
 from moesurgeon.errors import UsageError
+from moesurgeon.recovery.estimator import Routed
 from moesurgeon.surgery.anatomy import Anatomy
 
 Objective = Literal["distill", "lm"]
@@ -23,8 +25,8 @@ class Losses:
     """
 
     objective: Objective = "distill"
-    balance: float = 0.01
-    temperature: float = 1.0
+    balance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    temperature: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 1.0
 
 
 def refuse_without_gradient(anatomy: Anatomy, objective: Objective) -> None:
@@ -56,17 +58,19 @@ def language_loss(student: torch.Tensor, tokens: torch.Tensor, text: torch.Tenso
     return torch.nn.functional.cross_entropy(student[:, :-1][valid].float(), tokens[:, 1:][valid])
 
 
-def balance_loss(routing: Routing, logits: list[torch.Tensor], text: torch.Tensor, top_k: int) -> torch.Tensor:
+def balance_loss(routing: Routing, routed: list[Routed], text: torch.Tensor) -> torch.Tensor:
     """Return the mean over layers of E x sum_e (share of choices) x (mean score share); 1 when even.
+
+    Choices are the block's own, a selection bias included; ``text`` [B, T] leaves out padding.
 
     The loss of Switch Transformers (arXiv:2101.03961, eq. 4), for each layer by itself: the form in
     transformers adds the layers up first, so that two lopsided layers can cancel.
     """
     rows = text.flatten()
     losses = []
-    for logits_TE in logits:
-        scores = routing.scores(logits_TE[rows])
-        chosen = routing.choose(scores.detach(), None, top_k).flatten().bincount(minlength=scores.shape[-1])
+    for layer in routed:
+        scores = routing.scores(layer.logits[rows])
+        chosen = layer.chosen[rows].flatten().bincount(minlength=scores.shape[-1])
         shares = (scores / scores.sum(-1, keepdim=True)).mean(0)
         losses.append(scores.shape[-1] * (chosen / chosen.sum() * shares).sum())
     return torch.stack(losses).mean()

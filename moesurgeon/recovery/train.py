@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from moesurgeon.engine.batches import Batch, to_batch
@@ -18,7 +19,7 @@ from moesurgeon.engine.routing import routing_of
 from moesurgeon.errors import UsageError
 from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, measure
 from moesurgeon.progress import SILENT, Progress
-from moesurgeon.recovery.adapters import adapt_routers, adapted_routers
+from moesurgeon.recovery.adapters import adapt_routers, adapted_routers, running_with
 from moesurgeon.recovery.estimator import learning_routers
 from moesurgeon.recovery.objective import (
     Losses,
@@ -37,20 +38,26 @@ NOISE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Length and pace of the training. ``candidates``: experts that get a gradient; None: all."""
+    """Length and pace of the training. ``candidates``: experts that get a gradient; None: all.
 
-    steps: int = 200
-    tokens_per_step: int = 4096
-    learning_rate: float = 3e-3
-    rank: int = 4
-    judge_every: int = 50
-    candidates: int | None = None
-    seed: int = 0
+    The bounds are for recipes; the command line has its own.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 200
+    tokens_per_step: Annotated[int, Field(ge=8)] = 4096
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3e-3
+    rank: Annotated[int, Field(ge=1)] = 4
+    judge_every: Annotated[int, Field(ge=1)] = 50
+    candidates: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 @dataclass
 class Recovered:
-    """``routers``: best weights [E, H] by layer, None if nothing beat the start."""
+    """``routers``: best weights [E, H] by layer as they will be stored, None if nothing beat the start.
+
+    ``gradient_norm``: of the objective alone, without the balancing loss, at the first step.
+    """
 
     routers: dict[int, torch.Tensor] | None
     loss_before: float
@@ -97,7 +104,7 @@ def recover_routers(
     result = Recovered(None, loss_before, loss_before, teacher_loss, 0.0)
     # The plain language-model loss is run on the gate as it is; distillation through the estimator.
     candidates = anatomy.top_k if losses.objective == "lm" else schedule.candidates
-    with learning_routers(student, anatomy, candidates=candidates) as router_logits:
+    with learning_routers(student, anatomy, candidates=candidates) as routed:
         model = adapt_routers(student, anatomy, rank=schedule.rank)
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -109,23 +116,27 @@ def recover_routers(
         with progress.task("recovering", schedule.steps, "steps") as advance:
             for step in range(1, schedule.steps + 1):
                 batch = next(batches)
-                router_logits.clear()
+                routed.clear()
                 loss = _loss(model, teacher, batch, losses)
-                balance = balance_loss(routing, router_logits, batch.is_text, anatomy.top_k)
-                accelerator.backward(loss + losses.balance * balance)
-                norm = float(accelerator.clip_grad_norm_(weights, 1.0))
+                balance = balance_loss(routing, routed, batch.is_text)
                 if step == 1:
-                    result.gradient_norm = norm
-                    _refuse_noise(norm)
+                    # Without the balancing loss, whose gradient would hide that the objective has none.
+                    parts = torch.autograd.grad(loss, weights, retain_graph=True)
+                    result.gradient_norm = float(torch.nn.utils.get_total_norm(parts))
+                    _refuse_noise(result.gradient_norm)
+                accelerator.backward(loss + losses.balance * balance)
+                accelerator.clip_grad_norm_(weights, 1.0)
                 optimizer.step()
                 pace.step()
                 optimizer.zero_grad()
                 advance(1)
                 if step % schedule.judge_every == 0 or step == schedule.steps:
-                    judged = _mean_loss(student, heldout, length)
+                    routers = adapted_routers(model, anatomy)
+                    with running_with(model, anatomy, routers):
+                        judged = _mean_loss(student, heldout, length)
                     result.log.append({"step": step, "loss": loss.item(), "balance": balance.item(), "heldout": judged})
                     if judged < result.loss_after:
-                        result.loss_after, result.routers = judged, adapted_routers(model, anatomy)
+                        result.loss_after, result.routers = judged, routers
     return result
 
 

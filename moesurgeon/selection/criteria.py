@@ -55,4 +55,6 @@ def scores_of(statistics: Statistics, criterion: str, seed: int = 0) -> Array:
     """Return the scores [L, E] of ``criterion``."""
     if criterion not in CRITERIA:
         raise UsageError(f"--criterion {criterion} is not one of {', '.join(CRITERIA)}")
+    if seed < 0:
+        raise UsageError(f"--seed {seed} is negative; choose a number from 0 on")
     return CRITERIA[criterion](statistics, seed)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.errors import CheckpointError
 from moesurgeon.families import Family, Layout, family_of
+from moesurgeon.families.description import count_of
 
 Kind = Literal["expert", "fused", "rows", "shared", "unknown-expert", "other"]
 
@@ -68,7 +69,7 @@ class Anatomy:
     def shared_experts(self) -> int:
         """How many shared experts the config counts; 1 where a family always has one."""
         if self.family.shared_key:
-            return int(self.config.get(self.family.shared_key) or 0)
+            return count_of(self.config, self.family.shared_key, 0)
         return int(any(role.kind == "shared" for role in self.roles.values()))
 
     @property
@@ -177,13 +178,13 @@ def _role_of(family: Family, layout: Layout, name: str) -> Role:
 
 def _number(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
     """Return the positive integer under the first of ``keys`` that is present."""
-    values = {key: config[key] for key in keys if config.get(key) is not None}
+    values = {key: count_of(config, key, 0) for key in keys if config.get(key) is not None}
     if not values:
         raise CheckpointError(f"config.json lacks {keys[0]}; restore it")
-    if len(set(map(str, values.values()))) > 1:
-        said = " and ".join(f"{key} = {str(value)[:40]}" for key, value in values.items())
+    if len(set(values.values())) > 1:
+        said = " and ".join(f"{key} = {value}" for key, value in values.items())
         raise CheckpointError(f"config.json contradicts itself: {said}; keep one of them")
     key, value = next(iter(values.items()))
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json gives {key} = {str(value)[:40]!r}, which is no positive number")
+    if value == 0:
+        raise CheckpointError(f"config.json gives {key} = 0; restore it")
     return value

@@ -59,33 +59,30 @@ def apply(
     plan.check(source.tensors)
     shards = plan_shards(plan, source)
     provenance = _provenance(plan, source)
-    linked = 0
-    try:
-        with (
-            staged(target, overwrite=overwrite, sources=(source.root,)) as staging,
-            ShardReader(source) as reader,
-        ):
-            _check_space(staging, plan.nbytes)
-            with progress.task("writing", plan.nbytes, "bytes") as advance:
-                for shard in shards:
-                    path = staging / shard.name
-                    if link and shard.equals and _linked(source.path_of(shard.equals), path):
-                        linked += 1
-                        advance(shard.nbytes)
-                    else:
-                        write_shard(compiled(shard, source, reader), reader, path, advance)
-            _write_json(staging / CONFIG_NAME, plan.edited_config(source.config))
-            if len(shards) > 1 or source.is_sharded:
-                _write_json(staging / INDEX_NAME, _index(source, shards))
-            copy_auxiliary(source.root, staging)
-            _write_json(staging / PROVENANCE_NAME, provenance)
-            card = source.root / "README.md"
-            text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-            (staging / "README.md").write_text(edited_card(text, plan), encoding="utf-8")
-            read_back(staging, plan, source, reader)
-    except OSError as error:
-        raise OutputError(_disk_trouble(error, target)) from error
-    return Written(target, plan.nbytes, len(shards), linked)
+    linked: set[str] = set()
+    with (
+        staged(target, overwrite=overwrite, sources=(source.root,)) as staging,
+        ShardReader(source) as reader,
+    ):
+        for shard in shards:
+            if link and shard.equals and _linked(source.path_of(shard.equals), staging / shard.name):
+                linked.add(shard.name)
+        to_write = [shard for shard in shards if shard.name not in linked]
+        needed = sum(shard.nbytes for shard in to_write)
+        _check_space(staging, needed)
+        with progress.task("writing", needed, "bytes") as advance:
+            for shard in to_write:
+                write_shard(compiled(shard, source, reader), reader, staging / shard.name, advance)
+        _write_json(staging / CONFIG_NAME, plan.edited_config(source.config))
+        if len(shards) > 1 or source.is_sharded:
+            _write_json(staging / INDEX_NAME, _index(source, shards))
+        copy_auxiliary(source.root, staging)
+        _write_json(staging / PROVENANCE_NAME, provenance)
+        card = source.root / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        (staging / "README.md").write_text(edited_card(text, plan), encoding="utf-8")
+        read_back(staging, plan, source, reader)
+    return Written(target, plan.nbytes, len(shards), len(linked))
 
 
 def _index(source: Checkpoint, shards: Sequence[OutputShard]) -> dict[str, Any]:
@@ -128,8 +125,3 @@ def _check_space(folder: Path, needed: int) -> None:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _disk_trouble(error: OSError, target: Path) -> str:
-    what = os.strerror(error.errno) if error.errno else str(error)
-    return f"{target} could not be written ({what}); nothing was left behind, free space or choose another folder"

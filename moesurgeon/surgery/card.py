@@ -20,7 +20,9 @@ def edited_card(card: str, plan: EditPlan) -> str:
     if not lines:
         return card
     addition = "\n".join(lines) + "\n"
-    if re.search(rf"^{_HEADING}$", card, flags=re.MULTILINE):
-        return card.rstrip() + "\n" + addition
+    if section := re.search(rf"^{_HEADING}$", card, flags=re.MULTILINE):
+        following = re.compile(r"^##? ", flags=re.MULTILINE).search(card, section.end())
+        end = following.start() if following else len(card)
+        return card[:end].rstrip() + "\n" + addition + ("\n" + card[end:] if following else "")
     intro = "Edited with moesurgeon; expert maps and dropped tensors are in `moesurgeon.json`."
     return f"{card.rstrip()}\n\n{_HEADING}\n\n{intro}\n\n{addition}".lstrip()

@@ -9,7 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 from moesurgeon.errors import CheckpointError
+from moesurgeon.families.description import count_of
 from moesurgeon.surgery.anatomy import Anatomy
+
+# Several weights in one element: shapes are not those of the config.
+_PACKED = ("U8", "I8", "I32", "F4")
 
 
 def require_complete(anatomy: Anatomy) -> None:
@@ -28,6 +32,7 @@ def problems_of(anatomy: Anatomy) -> list[str]:
         *_of_rows(anatomy),
         *_of_routing(anatomy),
         *_gaps(anatomy),
+        *_of_ends(anatomy),
     ]
 
 
@@ -37,9 +42,13 @@ def _of_layers(anatomy: Anatomy) -> Iterator[str]:
         missing = sorted(set(expected) - set(anatomy.moe_layers))
         extra = sorted(set(anatomy.moe_layers) - set(expected))
         if missing:
-            yield f"layers {missing} should have experts by config.json, but hold none; shards are missing"
+            yield f"layers {_few(missing)} should have experts by config.json, but hold none; shards are missing"
         if extra:
-            yield f"layers {extra} hold experts, but config.json makes them dense"
+            yield f"layers {_few(extra)} hold experts, but config.json makes them dense"
+    last = anatomy.layers + count_of(anatomy.config, anatomy.family.mtp_key, 0)
+    beyond = sorted(layer for layer in anatomy.by_layer if layer >= last)
+    if beyond:
+        yield f"config.json counts {anatomy.layers} layers, but layers {_few(beyond)} are stored as well"
     stored = {layer for layer in anatomy.by_layer if layer < anatomy.layers}
     if len(stored) != anatomy.layers:
         yield f"config.json counts {anatomy.layers} layers, the shards hold {len(stored)} of them"
@@ -48,20 +57,20 @@ def _of_layers(anatomy: Anatomy) -> Iterator[str]:
 def _of_experts(anatomy: Anatomy) -> Iterator[str]:
     for layer in anatomy.routed_layers:
         found: dict[int, set[tuple[str, str]]] = {}
+        fused: set[str] = set()
         for name, role in anatomy.of_kind("expert", "fused", layer=layer):
-            spec = anatomy.tensors[name]
             if role.kind == "fused":
-                if not spec.shape or spec.shape[0] != anatomy.experts:
-                    yield f"{name} holds {spec.shape[:1]} experts, config.json counts {anatomy.experts}"
+                fused.add(role.projection or "")
+                yield from _of_fused_shape(anatomy, name, role.projection or "", role.suffix)
             elif role.expert is not None:
                 found.setdefault(role.expert, set()).add((role.projection or "", role.suffix))
                 yield from _of_expert_shape(anatomy, name, role.projection or "", role.suffix)
-        if not found:
-            continue
-        if sorted(found) != list(range(anatomy.experts)):
+        if found and sorted(found) != list(range(anatomy.experts)):
             yield f"layer {layer} holds {_span(sorted(found))}, config.json counts {anatomy.experts} experts"
         everything = set().union(*found.values())
-        for projection in sorted(set(anatomy.layout.projections) - {projection for projection, _ in everything}):
+        for projection in sorted(
+            set(anatomy.layout.projections) - {projection for projection, _ in everything} - fused
+        ):
             yield f"layer {layer} lacks {anatomy.layout.projections[projection]} of every expert; a shard is missing"
         for expert, parts in sorted(found.items()):
             if parts != everything:
@@ -72,8 +81,19 @@ def _of_experts(anatomy: Anatomy) -> Iterator[str]:
         yield f"{name} belongs to the experts, but a {anatomy.family.title} checkpoint has no such tensor"
 
 
+def _of_fused_shape(anatomy: Anatomy, name: str, projection: str, suffix: str) -> Iterator[str]:
+    shape = anatomy.tensors[name].shape
+    if not shape or shape[0] != anatomy.experts:
+        yield f"{name} holds {shape[0] if shape else 0} experts, config.json counts {anatomy.experts}"
+    elif not suffix and anatomy.tensors[name].dtype not in _PACKED:
+        wide, high = anatomy.expert_width, anatomy.hidden
+        expected = (high, wide) if projection == "down" else (2 * wide, high)
+        if shape[1:] != expected:
+            yield f"{name} has shape {list(shape)}, config.json makes it {[anatomy.experts, *expected]}"
+
+
 def _of_expert_shape(anatomy: Anatomy, name: str, projection: str, suffix: str) -> Iterator[str]:
-    if suffix != ".weight" or anatomy.tensors[name].dtype in ("U8", "I8", "I32", "F4"):
+    if suffix != ".weight" or anatomy.tensors[name].dtype in _PACKED:
         return  # scales have their own shapes, packed weights too
     wide, high = anatomy.expert_width, anatomy.hidden
     expected = (high, wide) if projection == "down" else (wide, high)
@@ -82,8 +102,12 @@ def _of_expert_shape(anatomy: Anatomy, name: str, projection: str, suffix: str) 
 
 
 def _of_rows(anatomy: Anatomy) -> Iterator[str]:
-    for layer in anatomy.routed_layers:
-        names = dict(anatomy.of_kind("rows", layer=layer))
+    rows = {layer: dict(anatomy.of_kind("rows", layer=layer)) for layer in anatomy.routed_layers}
+    parts = {layer: {_in_layer(anatomy, name, layer) for name in names} for layer, names in rows.items()}
+    for layer, names in rows.items():
+        for part in sorted(set().union(*parts.values()) - parts[layer]):
+            if not part.endswith(".weight"):
+                yield f"layer {layer} lacks {part}, which others have; a shard is missing or was cut"
         if not any(name.endswith(".weight") for name in names):
             yield f"layer {layer} has experts but no router weight; a shard is missing or was cut"
         for name, role in names.items():
@@ -96,9 +120,12 @@ def _of_routing(anatomy: Anatomy) -> Iterator[str]:
     if anatomy.top_k > anatomy.experts:
         yield f"config.json asks for the top {anatomy.top_k} of {anatomy.experts} experts"
     count, kept = anatomy.groups
-    if count > 1:
+    rule = anatomy.family.router.groups
+    if rule:
         if anatomy.experts % count:
             yield f"{anatomy.experts} experts do not divide into {count} routing groups"
+        elif anatomy.experts // count < rule.least:
+            yield f"{anatomy.experts} experts are too few for {count} routing groups of at least {rule.least}"
         elif anatomy.top_k > kept * (anatomy.experts // count):
             yield f"top {anatomy.top_k} does not fit into {kept} groups of {anatomy.experts // count} experts"
 
@@ -108,14 +135,33 @@ def _gaps(anatomy: Anatomy) -> Iterator[str]:
     relative: dict[int, set[str]] = {}
     for name, role in anatomy.of_kind("other", "shared"):
         if role.layer is not None and role.layer < anatomy.layers:
-            prefix = anatomy.family.layer.replace("{layer}", str(role.layer)) + "."
-            relative.setdefault(role.layer, set()).add(name.removeprefix(prefix))
+            relative.setdefault(role.layer, set()).add(_in_layer(anatomy, name, role.layer))
     for layers in (set(anatomy.moe_layers), set(range(anatomy.layers)) - set(anatomy.moe_layers)):
         counts = Counter(part for layer in layers for part in relative.get(layer, ()))
         for part, count in sorted(counts.items()):
             if len(layers) > 2 and len(layers) - 1 == count:
                 layer = next(layer for layer in sorted(layers) if part not in relative.get(layer, ()))
                 yield f"layer {layer} lacks {part}, which every other layer has; a shard is missing or was cut"
+
+
+def _in_layer(anatomy: Anatomy, name: str, layer: int) -> str:
+    """Return ``name`` without its layer's prefix."""
+    return name.removeprefix(anatomy.family.layer.replace("{layer}", str(layer)) + ".")
+
+
+def _few(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"{numbers[:8]}{more}"
+
+
+def _of_ends(anatomy: Anatomy) -> Iterator[str]:
+    """What is there once: embedding, last norm, head."""
+    needed = [anatomy.family.embedding, anatomy.family.final_norm]
+    if not anatomy.config.get("tie_word_embeddings"):
+        needed.append(anatomy.family.head)
+    for name in needed:
+        if name not in anatomy.tensors:
+            yield f"{name} is missing; a shard is missing or was cut"
 
 
 def _span(numbers: list[int]) -> str:

@@ -68,6 +68,7 @@ class EditPlan:
         """Refuse a plan that does not account for every tensor of ``source`` exactly once.
 
         Each one is kept, edited or dropped; no byte of it is used twice; parts fill their outputs.
+        (So a tensor that was transformed cannot be split in a later step: each piece needs all of it.)
         """
         used: dict[str, list[Slice]] = {}
         touched: set[str] = set()
@@ -110,25 +111,23 @@ def compose(first: EditPlan, second: EditPlan) -> EditPlan:
     ``second`` must have been made from ``first.result(source)``.
     """
     outputs = {name: _through(output, first) for name, output in second.outputs.items()}
+    used = {tensor for output in outputs.values() for tensor in output.sources}
     dropped = dict(first.dropped)
     for name, reason in second.dropped.items():
-        for tensor in first.outputs[name].sources:
-            if not any(tensor in output.sources for output in outputs.values()):
-                dropped[tensor] = reason
+        dropped |= {tensor: reason for tensor in first.outputs[name].sources if tensor not in used}
     config = {**first.config, **second.config}
     return EditPlan(outputs, dropped, config, [*first.record, *second.record])
 
 
 def _through(output: Output, first: EditPlan) -> Output:
     """Express ``output``, made from results of ``first``, by what those were made from."""
-    parts = [piece for part in output.parts for piece in _resolve(part, first)]
     before = [first.outputs[name] for name in output.sources]
     sources = tuple(dict.fromkeys(tensor for made in before for tensor in made.sources))
     if output.is_untouched:
         return before[0]
     if output.verb == "rename":
         return rename(before[0], output.spec.name)
-    return Output(output.spec, tuple(parts), output.verb, sources)
+    return Output(output.spec, _resolved(output.parts, first), output.verb, sources)
 
 
 def slices_of(parts: Iterable[Part]) -> Iterator[Slice]:
@@ -140,28 +139,40 @@ def slices_of(parts: Iterable[Part]) -> Iterator[Slice]:
             yield from slices_of(part.parts)
 
 
-def _resolve(part: Part, first: EditPlan) -> Iterator[Part]:
-    """Yield what bytes of a result of ``first`` were made of."""
+def _resolved(parts: Iterable[Part], first: EditPlan) -> tuple[Part, ...]:
+    """Return what ``parts``, bytes of results of ``first``, were made of.
+
+    Pieces of something made anew that follow each other become one part, so that it is made once.
+    """
+    cuts = [cut for part in parts for cut in _cuts(part, first)]
+    by_piece = itertools.groupby(cuts, key=lambda cut: id(cut[0]))
+    return tuple(made for _, group in by_piece for made in _taken(list(group)))
+
+
+def _cuts(part: Part, first: EditPlan) -> Iterator[tuple[Part, int, int]]:
+    """Yield (piece, low, high): the ranges of what results of ``first`` consist of that make up ``part``."""
     if isinstance(part, Fresh):
-        yield part
+        yield part, 0, part.length
     elif isinstance(part, Derived):
-        inner = tuple(piece for inside in part.parts for piece in _resolve(inside, first))
-        yield Derived(part.length, inner, part.function)
+        yield Derived(part.length, _resolved(part.parts, first), part.function), 0, part.length
     else:
         position = 0
         for piece in first.outputs[part.tensor].parts:
             low, high = max(part.start - position, 0), min(part.stop - position, piece.length)
             if low < high:
-                yield _cut(piece, low, high)
+                yield piece, low, high
             position += piece.length
 
 
-def _cut(piece: Part, low: int, high: int) -> Part:
-    """Return bytes ``low`` to ``high`` of ``piece``."""
-    if (low, high) == (0, piece.length):
-        return piece
+def _taken(cuts: list[tuple[Part, int, int]]) -> Iterator[Part]:
+    """Yield parts for ``cuts``, which are all of one piece."""
+    piece = cuts[0][0]
+    ranges = [(low, high) for _, low, high in cuts]
     if isinstance(piece, Slice):
-        return Slice(piece.tensor, piece.start + low, piece.start + high)
-    if isinstance(piece, Fresh):
-        return Fresh(high - low, lambda: piece.load()[low:high])
-    return Derived(high - low, piece.parts, lambda data: piece.function(data)[low:high])
+        for low, high in ranges:
+            yield Slice(piece.tensor, piece.start + low, piece.start + high)
+    elif ranges == [(0, piece.length)]:
+        yield piece
+    else:
+        length = sum(high - low for low, high in ranges)
+        yield Derived(length, (piece,), lambda data: b"".join(data[low:high] for low, high in ranges))

@@ -21,8 +21,10 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
     for the whole model. Layers for multi-token prediction that ``kept`` leaves out follow the last
     layer. Raises UsageError if the result could not run.
     """
-    kept = {layer: tuple(sorted(set(kept[layer]))) for layer in kept}
-    kept |= {layer: kept[source.moe_layers[-1]] for layer in source.mtp_layers if layer not in kept}
+    kept = {layer: tuple(sorted(kept[layer])) for layer in kept}
+    last = max(source.moe_layers, default=None)
+    if last in kept:
+        kept |= {layer: kept[last] for layer in source.mtp_layers if layer not in kept}
     count = check_kept(source, kept)
     numbers = {layer: {old: new for new, old in enumerate(experts)} for layer, experts in kept.items()}
     outputs: dict[str, Output] = {}
@@ -70,6 +72,8 @@ def check_kept(source: Anatomy, kept: Kept) -> int:
         wrong = [expert for expert in experts if not 0 <= expert < source.experts]
         if wrong:
             raise UsageError(f"layer {layer} has no expert {wrong[0]}: they are numbered 0 to {source.experts - 1}")
+        if len(set(experts)) < len(experts):
+            raise UsageError(f"layer {layer} names an expert twice; name each that stays once")
     check_count(source, count)
     groups, _kept_groups = source.groups
     size = source.experts // groups
@@ -86,14 +90,14 @@ def check_count(source: Anatomy, count: int) -> None:
     if count < source.top_k:
         raise UsageError(f"keep at least {source.top_k} experts: the checkpoint routes each token to {source.top_k}")
     groups, kept_groups = source.groups
-    if groups == 1:
-        return
-    if count % groups or count // groups < 2:
+    rule = source.family.router.groups
+    least = rule.least if rule else 1
+    if count % groups or count // groups < least:
         fitting = [
-            n for n in range(2 * groups, source.experts + 1, groups) if source.top_k <= kept_groups * n // groups
+            n for n in range(least * groups, source.experts + 1, groups) if source.top_k <= kept_groups * n // groups
         ]
         raise UsageError(
-            f"{count} experts do not fit the {groups} routing groups (the same number in each, at least two); "
+            f"{count} experts do not fit the routing groups ({groups}, the same number in each, at least {least}); "
             f"possible are {', '.join(map(str, fitting))}"
         )
     if source.top_k > kept_groups * (count // groups):

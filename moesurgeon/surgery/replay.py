@@ -14,17 +14,21 @@ from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
 
 
+class NotRecorded(Exception):
+    """Bytes that an operation made anew, of which the record says only that they are new."""
+
+
 def replay(source: Anatomy, operations: Iterable[Mapping[str, Any]]) -> EditPlan:
     """Plan again what ``operations`` (of a provenance file, so untrusted) did to ``source``.
 
-    Tensors that an operation replaced have a part that cannot be loaded: what they became is not in
-    the record. Raises CheckpointError for a record that makes no sense.
+    Tensors that an operation replaced have a part whose loading raises NotRecorded. Raises
+    CheckpointError for a record that makes no sense.
     """
     plan = identity(source)
     for operation in operations:
         try:
             plan = compose(plan, _plan_again(plan.result(source), operation))
-        except (MoeSurgeonError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (MoeSurgeonError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             what = str(operation)[:60]
             raise CheckpointError(
                 f"moesurgeon.json records {what!r}, which cannot be done to the source: {error}"
@@ -51,4 +55,4 @@ def _plan_again(source: Anatomy, operation: Mapping[str, Any]) -> EditPlan:
 
 
 def _unknown() -> bytes:
-    raise AssertionError("the new bytes of a replaced tensor are not in the record")
+    raise NotRecorded

@@ -1,0 +1,189 @@
+"""What is reported, from sums written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesurgeon.evaluation.measure import AGREEMENT, ESAP, KL, LOSS, TEACHER_LOSS, Measurement
+from moesurgeon.evaluation.summary import bootstrap, summarise
+
+
+def _seeded() -> np.random.Generator:
+    return np.random.default_rng(3)
+
+
+def _measurement(
+    domain: Any, document: Any, positions: Any, sums: np.ndarray, *, has_teacher: bool = True, **changes: Any
+) -> Measurement:
+    """Measured windows; ``by_position`` holds them as if each one's sums were spread evenly."""
+    domain, document, positions = (np.asarray(values, dtype=np.int64) for values in (domain, document, positions))
+    by_position = np.zeros((int(positions.max()) + 1, 6))
+    for total, count in zip(sums, positions, strict=True):
+        by_position[:count, :5] += total / count
+        by_position[:count, 5] += 1
+    fields = {
+        "domains": tuple(f"d{number}" for number in range(domain.max() + 1)),
+        "by_position": by_position,
+        "tokens_per_second": 2.0,
+        "tokens": int(positions.sum()) + len(positions),
+        "has_teacher": has_teacher,
+    }
+    return Measurement(domain=domain, document=document, positions=positions, sums=sums, **(fields | changes))  # type: ignore[arg-type]
+
+
+def _random(windows: int, seed: int = 3) -> Measurement:
+    """Windows of 8 to 60 predicted tokens, of two domains, two to a document."""
+    random, number = np.random.default_rng(seed), np.arange(windows)
+    positions = random.integers(8, 60, windows)
+    sums = random.uniform(0.5, 3.0, (windows, 5)) * positions[:, None]
+    return _measurement(number % 2, number // 4, positions, sums)
+
+
+def test_losses_are_weighted_by_tokens() -> None:
+    # 10 tokens at a loss of 1 and 90 at a loss of 3: 2.8, not 2.
+    sums = np.zeros((2, 5))
+    sums[:, LOSS] = 10 * 1.0, 90 * 3.0
+    report = summarise(_measurement([0, 0], [0, 1], [10, 90], sums, has_teacher=False))
+    assert report["loss"] == pytest.approx(2.8, rel=1e-12)
+    assert report["perplexity"] == pytest.approx(np.exp(2.8), rel=1e-12)
+    assert report["tokens"] == 100
+    assert report["tokens_per_second"] == 2.0
+    assert report["documents"] == 2
+    assert "against" not in report
+    assert set(report["domains"]) == {"d0"}
+
+
+def test_every_figure_is_a_sum_by_a_count() -> None:
+    measured = _random(24)
+    report = summarise(measured)
+    chosen = {"all": measured.domain >= 0, "d0": measured.domain == 0, "d1": measured.domain == 1}
+    for name, rows in chosen.items():
+        sums, count = measured.sums[rows].sum(axis=0), measured.positions[rows].sum()
+        own = report if name == "all" else report["domains"][name]
+        against = report["against"] if name == "all" else report["against"]["domains"][name]
+        assert own["tokens"] == count
+        assert own["loss"] == pytest.approx(sums[LOSS] / count, rel=1e-12)
+        assert own["perplexity"] == pytest.approx(np.exp(sums[LOSS] / count), rel=1e-12)
+        assert against["loss"] == pytest.approx(sums[TEACHER_LOSS] / count, rel=1e-12)
+        assert against["kl"] == pytest.approx(sums[KL] / count, rel=1e-12)
+        assert against["agreement"] == pytest.approx(sums[AGREEMENT] / count, rel=1e-12)
+        assert against["esap"] == pytest.approx(sums[ESAP] / count, rel=1e-12)
+        ratio = np.exp(sums[LOSS] / count) / np.exp(sums[TEACHER_LOSS] / count)
+        assert against["perplexity_ratio"] == pytest.approx(ratio, rel=1e-12)
+    rise = measured.sums[:, LOSS] - measured.sums[:, TEACHER_LOSS]
+    parts = {name: report["against"]["domains"][name]["share_of_rise"] for name in ("d0", "d1")}
+    assert parts == pytest.approx({n: rise[chosen[n]].sum() / rise.sum() for n in ("d0", "d1")})
+
+
+def test_without_a_rise_there_is_nothing_to_share() -> None:
+    measured = _random(8)
+    measured.sums[:, TEACHER_LOSS] = measured.sums[:, LOSS]
+    report = summarise(measured)["against"]
+    assert report["perplexity_ratio"] == 1.0
+    assert report["interval"] == [1.0, 1.0]  # paired: the same text, no difference, no doubt
+    assert [figures["share_of_rise"] for figures in report["domains"].values()] == [None, None]
+
+
+def test_intervals_contain_what_they_are_of() -> None:
+    report = summarise(_random(60))
+    for figures in (report, *report["domains"].values()):
+        assert figures["interval"][0] < figures["perplexity"] < figures["interval"][1]
+    for figures in (report["against"], *report["against"]["domains"].values()):
+        assert figures["interval"][0] < figures["perplexity_ratio"] < figures["interval"][1]
+    assert summarise(_random(60, seed=4))["interval"] != report["interval"]
+
+
+def test_the_same_sums_give_the_same_interval() -> None:
+    measured = _random(20)
+    assert summarise(measured) == summarise(measured)
+
+
+def _width(report: dict[str, Any]) -> float:
+    low, high = report["interval"]
+    return float(np.log(high / low))
+
+
+def test_intervals_shrink_with_documents_and_not_with_windows() -> None:
+    """16 times the documents: a quarter of the width. 16 times the windows of each: the same width."""
+    sums = _seeded().uniform(0.5, 3.0, (20, 5)) * 32
+    positions = np.full(20, 32)
+    once = _measurement(np.zeros(20), np.arange(20), positions, sums)
+    documents = _measurement(np.zeros(320), np.arange(320), np.tile(positions, 16), np.tile(sums, (16, 1)))
+    windows = _measurement(np.zeros(320), np.tile(np.arange(20), 16), np.tile(positions, 16), np.tile(sums, (16, 1)))
+    few, many, repeated = (summarise(measured) for measured in (once, documents, windows))
+    assert few["loss"] == pytest.approx(many["loss"]) == pytest.approx(repeated["loss"])
+    assert (few["documents"], many["documents"], repeated["documents"]) == (20, 320, 20)
+    assert 1 / 6 < _width(many) / _width(few) < 1 / 3
+    assert repeated["interval"] == pytest.approx(few["interval"], rel=1e-9)
+    assert repeated["against"]["interval"] == pytest.approx(few["against"]["interval"], rel=1e-9)
+
+
+def test_documents_of_two_domains_are_two_documents_whatever_their_numbers() -> None:
+    measured = _measurement([0, 0, 1, 1], [0, 1, 0, 1], [10] * 4, np.ones((4, 5)))
+    report = summarise(measured)
+    assert report["documents"] == 4
+    assert [figures["documents"] for figures in report["domains"].values()] == [2, 2]
+
+
+def test_one_document_leaves_no_room_for_doubt() -> None:
+    report = summarise(_measurement([0, 0], [7, 7], [10, 20], np.array([[10.0] * 5, [50.0] * 5])))
+    assert report["interval"] == pytest.approx([np.exp(2.0)] * 2)
+
+
+@settings(deadline=None, max_examples=30)  # a thousand resamples each
+@given(st.lists(st.tuples(st.floats(0.1, 100.0), st.integers(1, 500)), min_size=2, max_size=30))
+def test_the_bootstrap_stays_between_the_extreme_documents(values: list[tuple[float, int]]) -> None:
+    sums, counts = np.array(values, dtype=float).T
+    low, high = bootstrap(sums, counts)
+    assert (sums / counts).min() - 1e-9 <= low <= high <= (sums / counts).max() + 1e-9
+
+
+def test_the_bootstrap_covers_what_it_claims() -> None:
+    """Of samples from a known distribution about 95 % have the true mean in their interval."""
+    truth, inside, random = 2.0, 0, _seeded()
+    for _ in range(150):
+        # Gamma with mean 2: skewed, as losses of documents are; lengths vary independently.
+        counts = random.integers(20, 200, 40).astype(float)
+        sums = random.gamma(4.0, truth / 4.0, 40) * counts
+        low, high = bootstrap(sums, counts)
+        inside += low <= truth <= high
+    assert 0.85 <= inside / 150 <= 0.99
+
+
+def test_buckets_hold_every_position_once() -> None:
+    random = _seeded()
+    by_position = random.uniform(1.0, 2.0, (3000, 6))
+    by_position[:, 5] = random.integers(1, 5, 3000)
+    measured = _measurement([0], [0], [10], np.ones((1, 5)), by_position=by_position)
+    lengths = summarise(measured)["lengths"]
+    assert list(lengths) == ["0-127", "128-255", "256-511", "512-1023", "1024-2047", "2048-4095"]
+    for name, figures in lengths.items():
+        low, high = map(int, name.split("-"))
+        part = by_position[low : high + 1].sum(axis=0)
+        assert figures["tokens"] == part[5]
+        assert figures["loss"] == pytest.approx(part[LOSS] / part[5], rel=1e-12)
+        assert figures["perplexity"] == pytest.approx(np.exp(part[LOSS] / part[5]), rel=1e-12)
+        ratio = np.exp((part[LOSS] - part[TEACHER_LOSS]) / part[5])
+        assert figures["perplexity_ratio"] == pytest.approx(ratio, rel=1e-12)
+    assert sum(figures["tokens"] for figures in lengths.values()) == by_position[:, 5].sum()
+
+
+def test_positions_of_very_long_windows_are_in_a_bucket_too() -> None:
+    """DeepSeek-V3 has a context of 163,840 tokens, others of a million."""
+    by_position = np.ones((1_000_000, 6))
+    measured = _measurement([0], [0], [10], np.ones((1, 5)), by_position=by_position, has_teacher=False)
+    lengths = summarise(measured)["lengths"]
+    assert sum(figures["tokens"] for figures in lengths.values()) == 1_000_000
+    assert "perplexity_ratio" not in lengths["0-127"]
+
+
+def test_empty_buckets_are_left_out() -> None:
+    by_position = np.zeros((600, 6))
+    by_position[300] = 1.0
+    measured = _measurement([0], [0], [10], np.ones((1, 5)), by_position=by_position)
+    assert list(summarise(measured)["lengths"]) == ["256-511"]

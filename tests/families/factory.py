@@ -1,0 +1,165 @@
+"""Small random checkpoints of every family, saved by stock transformers or made tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.2,  # wide, so that routers have opinions
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_DEEPSEEK = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "mixtral": {"num_local_experts": 8, "num_key_value_heads": 2},
+    "deepseek": {
+        **{key: _DEEPSEEK[key] for key in ("n_routed_experts", "moe_intermediate_size", "first_k_dense_replace")},
+        "n_shared_experts": 2,
+    },
+    "deepseek_v2": {**_DEEPSEEK, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
+    "deepseek_v3": {**_DEEPSEEK, "num_nextn_predict_layers": 1},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    },
+}
+
+
+def stock_config(model_type: str, **overrides: Any) -> Any:
+    import moesurgeon.engine.deepseek_v1  # noqa: F401 - registers "deepseek" with the Auto classes
+
+    return AutoConfig.for_model(model_type, **{**COMMON, **FAMILIES[model_type], **overrides})
+
+
+def random_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Return a model with random weights, router and selection bias included."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(stock_config(model_type, **overrides), dtype=torch.float32)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith((".gate.weight", "e_score_correction_bias")):
+                tensor.data.normal_(std=0.3)
+    return model.eval()
+
+
+def save_checkpoint(
+    folder: Path,
+    model_type: str,
+    *,
+    fused: bool = False,
+    dtype: torch.dtype = torch.float32,
+    mtp: bool = False,
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """Save a random model as stock transformers does, in shards; with ``mtp`` one more layer behind the last."""
+    model = random_model(model_type, seed, **overrides).to(dtype)
+    model.save_pretrained(folder, save_original_format=not fused, max_shard_size="300KB")
+    if mtp:
+        _add_mtp_layer(folder, model.config.num_hidden_layers)
+    return folder
+
+
+def save_tensors(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Save a checkpoint made by hand, in one file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a folder by name, read by the safetensors library."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return tensors
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return loaded
+
+
+def quantised(folder: Path, target: Path, *, block: int = 16) -> Path:
+    """Save ``folder`` again with its routed experts in FP8 and a scale per block, as DeepSeek-V3 is published."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_tensors(folder).items():
+        if ".experts." not in name:
+            tensors[name] = tensor
+            continue
+        tensors[name] = tensor.to(torch.float8_e4m3fn)
+        rows, columns = (-(-size // block) for size in tensor.shape)
+        tensors[name.replace(".weight", ".weight_scale_inv")] = torch.rand(rows, columns)
+    quantisation = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    return save_tensors(target, {**config_of(folder), "quantization_config": quantisation}, tensors)
+
+
+def packed(folder: Path, target: Path) -> Path:
+    """Save the fused checkpoint ``folder`` again with its experts in blocks and scales, as MXFP4 is stored."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_tensors(folder).items():
+        if ".experts." not in name:
+            tensors[name] = tensor
+            continue
+        experts, rows, columns = tensor.shape
+        for suffix, shape in (("_blocks", (columns // 32, 16)), ("_scales", (columns // 32,))):
+            stored = torch.randint(256, (experts, rows, *shape), dtype=torch.uint8, generator=generator)
+            tensors[name + suffix] = stored
+    return save_tensors(target, {**config_of(folder), "quantization_config": {"quant_method": "mxfp4"}}, tensors)
+
+
+def _add_mtp_layer(folder: Path, number: int) -> None:
+    """Write a layer for multi-token prediction into a shard of its own, named as DeepSeek-V3 names it."""
+    generator = torch.Generator().manual_seed(number)
+    last, prefix = f"model.layers.{number - 1}.", f"model.layers.{number}."
+    stored = load_tensors(folder)
+    hidden, vocabulary = stored["model.embed_tokens.weight"].shape[1], stored["model.embed_tokens.weight"].shape[0]
+    shapes = {
+        **{name.replace(last, prefix): tensor.shape for name, tensor in stored.items() if name.startswith(last)},
+        f"{prefix}enorm.weight": (hidden,),
+        f"{prefix}hnorm.weight": (hidden,),
+        f"{prefix}eh_proj.weight": (hidden, 2 * hidden),
+        f"{prefix}embed_tokens.weight": (vocabulary, hidden),
+        f"{prefix}shared_head.norm.weight": (hidden,),
+        f"{prefix}shared_head.head.weight": (vocabulary, hidden),
+    }
+    tensors = {name: torch.randn(tuple(shape), generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model-mtp.safetensors", {"format": "pt"})
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-mtp.safetensors")
+    path.write_text(json.dumps(index))

@@ -1,0 +1,106 @@
+"""Recipes: what YAML stands for, and that commands and recipes fill the same objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moesurgeon.errors import InputError
+from moesurgeon.pipeline.options import Running, Text
+from moesurgeon.pipeline.prune import PruneSpec
+from moesurgeon.pipeline.recipe import Recipe, RecoverStep, read_recipe
+from moesurgeon.recovery.objective import Losses
+from moesurgeon.recovery.train import Schedule
+from moesurgeon.surgery.retop import RetopSpec
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def _read(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_recipe(path)
+
+
+def test_everything_that_can_be_said(tmp_path: Path) -> None:
+    recipe = _read(
+        tmp_path,
+        """
+        checkpoint: hf://org/name
+        text: {traces: [a.jsonl, code=b.txt], split: calibration, max_tokens: 1000, length: 128}
+        running: {device: cpu, dtype: float32}
+        report_tokens: 2000
+        steps:
+          - retop: {top_k: 2}
+          - profile: {max_tokens: 3000}
+          - prune: {keep: 6, criterion: ean, seed: 3}
+          - prune: {keep_experts: kept.json}
+          - recover:
+              losses: {objective: lm, balance: 0.5, temperature: 2.0}
+              schedule: {steps: 5, tokens_per_step: 64, learning_rate: 1.0e-4, rank: 2, judge_every: 2, seed: 1}
+              max_tokens: 4000
+              heldout_tokens: 500
+              allow_noop: true
+        """,
+    )
+    assert recipe.checkpoint == "hf://org/name"
+    assert recipe.text == Text(traces=("a.jsonl", "code=b.txt"), split="calibration", max_tokens=1000, length=128)
+    assert recipe.running == Running(device="cpu", dtype="float32")
+    assert recipe.report_tokens == 2000
+    assert [step.name for step in recipe.steps] == ["retop", "profile", "prune", "prune", "recover"]
+    assert recipe.steps[0].retop == RetopSpec(top_k=2)
+    assert recipe.steps[2].prune == PruneSpec(keep=6, criterion="ean", seed=3)
+    assert recipe.steps[3].prune == PruneSpec(keep_experts=Path("kept.json"))
+    recover = recipe.steps[4].recover
+    assert recover is not None
+    assert recover.losses == Losses(objective="lm", balance=0.5, temperature=2.0)
+    assert recover.schedule == Schedule(
+        steps=5, tokens_per_step=64, learning_rate=1e-4, rank=2, judge_every=2, candidates=None, seed=1
+    )
+    assert (recover.max_tokens, recover.heldout_tokens, recover.allow_noop) == (4000, 500, True)
+
+
+def test_nothing_said_is_the_defaults(tmp_path: Path) -> None:
+    bare = _read(tmp_path, "checkpoint: c\nsteps:\n  - retop:\n  - profile:\n  - recover:\n")
+    empty = _read(tmp_path, "checkpoint: c\nsteps: [{retop: {}}, {profile: {}}, {recover: {}}]")
+    assert bare == empty
+    assert bare.text == Text() and bare.running == Running()
+    assert bare.steps[0].retop == RetopSpec() and bare.steps[2].recover == RecoverStep()
+
+
+def test_a_recipe_does_not_change(tmp_path: Path) -> None:
+    recipe = _read(tmp_path, "checkpoint: c\nsteps: [{retop: {}}]")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.checkpoint = "other"
+
+
+@pytest.mark.parametrize(
+    ("steps", "is_fine"),
+    [
+        ("{profile: {}}, {prune: {keep: 6}}", True),
+        ("{prune: {keep: 6, profile: p}}", True),
+        ("{prune: {keep_experts: k.json}}", True),
+        ("{prune: {keep: 6}}", False),
+        ("{profile: {}}, {retop: {}}, {prune: {keep: 6}}", False),  # of the checkpoint before the retop
+        ("{profile: {}}, {prune: {keep: 6}}, {prune: {keep: 5}}", False),
+        ("{profile: {}}, {prune: {keep: 6}}, {profile: {}}, {prune: {keep: 5}}", True),
+    ],
+)
+def test_prune_has_a_profile_of_what_it_cuts(steps: str, is_fine: bool, tmp_path: Path) -> None:
+    text = f"checkpoint: c\nsteps: [{steps}]"
+    if is_fine:
+        _read(tmp_path, text)
+    else:
+        with pytest.raises(InputError, match="put a profile step before it"):
+            _read(tmp_path, text)
+
+
+def test_error_names_the_file_and_the_place(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recipe\.yaml: steps\.1\.recover\.schedule\.stepz: there is no such key"):
+        _read(tmp_path, "checkpoint: c\nsteps: [{retop: {}}, {recover: {schedule: {stepz: 1}}}]")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_that_come_along(path: Path) -> None:
+    read_recipe(path)

@@ -1,0 +1,133 @@
+"""The losses of recovery against plain formulas, and which are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moesurgeon.engine.routing import Routing
+from moesurgeon.errors import UsageError
+from moesurgeon.recovery.estimator import Routed
+from moesurgeon.recovery.objective import balance_loss, distillation, language_loss, refuse_without_gradient
+from moesurgeon.surgery.anatomy import Anatomy, examine
+from tests.engine.small import FAMILIES, small_model
+
+RANDOM = torch.Generator().manual_seed(0)
+STUDENT, TEACHER = (torch.randn(3, 7, 11, generator=RANDOM) for _ in range(2))
+TOKENS = torch.randint(11, (3, 7), generator=RANDOM)
+TEXT = torch.ones(3, 7, dtype=torch.bool)
+TEXT[1, 5:] = False
+TEXT[2, 2:] = False
+
+
+def _softmax(values: np.ndarray) -> np.ndarray:
+    return np.exp(values) / np.exp(values).sum()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_the_mean_divergence_of_text(temperature: float) -> None:
+    total, count = 0.0, 0
+    for row, place in TEXT.nonzero().tolist():
+        p, q = (_softmax(one[row, place].double().numpy() / temperature) for one in (STUDENT, TEACHER))
+        total += float((q * np.log(q / p)).sum())
+        count += 1
+    loss = distillation(STUDENT, TEACHER, TEXT, temperature)
+    assert float(loss) == pytest.approx(temperature**2 * total / count, rel=1e-5)
+    assert float(distillation(TEACHER, TEACHER, TEXT, temperature)) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_the_language_loss_predicts_text_from_what_is_before_it() -> None:
+    losses = [
+        -np.log(_softmax(STUDENT[row, place - 1].double().numpy())[int(TOKENS[row, place])])
+        for row, place in TEXT.nonzero().tolist()
+        if place > 0
+    ]
+    assert float(language_loss(STUDENT, TOKENS, TEXT)) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_padding_is_in_no_loss() -> None:
+    noise = torch.where(TEXT[..., None], STUDENT, torch.full_like(STUDENT, 77.0))
+    tokens = torch.where(TEXT, TOKENS, torch.zeros_like(TOKENS))
+    assert torch.equal(distillation(noise, TEACHER, TEXT, 1.0), distillation(STUDENT, TEACHER, TEXT, 1.0))
+    assert torch.equal(language_loss(noise, tokens, TEXT), language_loss(STUDENT, TOKENS, TEXT))
+
+
+def _routing(scoring: str = "softmax") -> Routing:
+    return Routing(scoring, True, 1.0, 1, 1, "max")
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_the_balancing_loss_is_that_of_switch_transformers_layer_by_layer(scoring: str) -> None:
+    layers = [torch.randn(21, 5, generator=RANDOM) for _ in range(2)]
+    routed = [Routed(logits, torch.randint(5, (21, 2), generator=RANDOM)) for logits in layers]
+    losses = []
+    for layer in routed:
+        chosen, share = np.zeros(5), np.zeros(5)
+        for token in TEXT.flatten().nonzero().flatten().tolist():
+            values = layer.logits[token].double().numpy()
+            scores = np.exp(values) if scoring == "softmax" else 1 / (1 + np.exp(-values))
+            share += scores / scores.sum()
+            for expert in layer.chosen[token].tolist():
+                chosen[expert] += 1
+        losses.append(5 * float((chosen / chosen.sum() * share / int(TEXT.sum())).sum()))
+    assert float(balance_loss(_routing(scoring), routed, TEXT)) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_the_balancing_loss_is_one_for_even_use_and_more_for_a_favourite() -> None:
+    text = torch.ones(1, 8, dtype=torch.bool)
+    even = Routed(torch.zeros(8, 4), torch.arange(8)[:, None] % 4)
+    favourite = Routed(torch.tensor([[9.0, 0, 0, 0]]).repeat(8, 1), torch.zeros(8, 1, dtype=torch.long))
+    other = Routed(torch.tensor([[0, 9.0, 0, 0]]).repeat(8, 1), torch.ones(8, 1, dtype=torch.long))
+    assert float(balance_loss(_routing(), [even], text)) == pytest.approx(1.0)
+    assert float(balance_loss(_routing(), [favourite], text)) > 3.9
+    # Two lopsided layers do not cancel.
+    assert float(balance_loss(_routing(), [favourite, other], text)) > 3.9
+
+
+def test_the_balancing_loss_pulls_away_from_the_favourite() -> None:
+    logits = torch.tensor([[1.0, 0, 0, 0]]).repeat(8, 1).requires_grad_()
+    routed = [Routed(logits, torch.zeros(8, 1, dtype=torch.long))]
+    balance_loss(_routing(), routed, torch.ones(1, 8, dtype=torch.bool)).backward()
+    assert logits.grad is not None
+    assert (logits.grad[:, 0] > 0).all()
+    assert (logits.grad[:, 1:] < 0).all()
+
+
+def _anatomy(family: str, **changes: Any) -> Anatomy:
+    """The anatomy of a small model as transformers would save it, by its config alone."""
+    config = small_model(family, **changes).config.to_dict()
+    name = "model.layers.1.block_sparse_moe.experts.0.w1.weight" if family == "mixtral" else None
+    return examine(config, {name or "model.layers.1.mlp.experts.0.up_proj.weight": None})  # type: ignore[dict-item]
+
+
+# Where a single weight is divided by itself.
+DEAD = [("mixtral", {}), ("deepseek_v3", {}), ("qwen2_moe", {"norm_topk_prob": True})]
+ALIVE = [
+    ("deepseek_v1", {}),
+    ("deepseek_v1", {"norm_topk_prob": True}),  # v1 never divides a single weight
+    ("deepseek_v2", {}),
+    ("deepseek_v2", {"norm_topk_prob": True}),  # which V2 ignores
+    ("deepseek_v3", {"norm_topk_prob": False}),
+    ("qwen2_moe", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), DEAD)
+def test_the_plain_loss_is_refused_for_a_renormalised_top_1(family: str, changes: dict[str, Any]) -> None:
+    anatomy = _anatomy(family, num_experts_per_tok=1, **changes)
+    with pytest.raises(UsageError, match="use --objective distill"):
+        refuse_without_gradient(anatomy, "lm")
+    refuse_without_gradient(anatomy, "distill")
+    refuse_without_gradient(_anatomy(family, num_experts_per_tok=2, **changes), "lm")
+
+
+@pytest.mark.parametrize(("family", "changes"), ALIVE)
+def test_it_is_accepted_where_the_weight_depends_on_the_router(family: str, changes: dict[str, Any]) -> None:
+    refuse_without_gradient(_anatomy(family, num_experts_per_tok=1, **changes), "lm")
+
+
+def test_every_family_is_one_or_the_other() -> None:
+    assert {family for family, _ in DEAD + ALIVE} == set(FAMILIES)

@@ -1,0 +1,262 @@
+"""``verify`` proves a result against its source: bytes, config, and the record of what was done."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from moesurgeon.errors import CheckpointError, InputError, MoeSurgeonError, OutputError
+from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.pipeline.verify import verify
+from moesurgeon.surgery import edits
+from moesurgeon.surgery.apply import apply
+from moesurgeon.surgery.layouts import plan_layout
+from moesurgeon.surgery.plan import EditPlan, compose, identity
+from moesurgeon.surgery.prune import plan_prune
+from moesurgeon.surgery.replay import replay
+from moesurgeon.surgery.retop import RetopSpec, plan_retop
+from tests.families.factory import save_checkpoint
+
+KEPT = {1: (0, 2, 5, 6), 2: (1, 2, 4, 7), 3: (0, 3, 4, 5)}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return open_subject(str(save_checkpoint(tmp_path_factory.mktemp("source"), "deepseek")))
+
+
+def _edited(source: Subject, layout: str) -> EditPlan:
+    plan = plan_retop(source.anatomy, RetopSpec(top_k=1))
+    plan = compose(plan, plan_prune(plan.result(source.anatomy), KEPT))
+    return compose(plan, plan_layout(plan.result(source.anatomy), layout))
+
+
+@pytest.fixture(scope="module")
+def pruned(source: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source with one expert per token and half of the experts; not to be written into."""
+    folder = tmp_path_factory.mktemp("pruned") / "out"
+    apply(_edited(source, "per-expert"), source.checkpoint, folder)
+    return folder
+
+
+def _copied(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+def _forge(folder: Path, change: Callable[[Any], Any]) -> None:
+    record = json.loads((folder / "moesurgeon.json").read_text())
+    (folder / "moesurgeon.json").write_text(json.dumps(change(record)))
+
+
+@pytest.mark.parametrize("layout", ["per-expert", "fused", "qwen2-moe"])
+def test_what_was_written_verifies(source: Subject, tmp_path: Path, layout: str) -> None:
+    written = apply(_edited(source, layout), source.checkpoint, tmp_path / "out")
+    report = verify(str(written.folder), str(source.root))
+    result = open_subject(str(written.folder))
+    assert report["tensors_equal"] == report["tensors"] == len(result.anatomy.tensors)
+    assert report["tensors_replaced"] == 0
+    assert report["tensors_dropped"] == 3 * 4 * 3
+    assert report["fingerprint"] == result.fingerprint
+
+
+def test_a_history_of_several_steps_verifies_against_each(source: Subject, tmp_path: Path) -> None:
+    last = source
+    for number, make in enumerate(
+        (
+            lambda anatomy: plan_retop(anatomy, RetopSpec(top_k=1)),
+            lambda anatomy: plan_prune(anatomy, KEPT),
+            lambda anatomy: plan_layout(anatomy, "fused"),
+        )
+    ):
+        apply(make(last.anatomy), last.checkpoint, tmp_path / str(number))
+        last = open_subject(str(tmp_path / str(number)))
+    for earlier in (source.root, tmp_path / "0", tmp_path / "1"):
+        report = verify(str(last.root), str(earlier))
+        assert report["tensors_equal"] == len(last.anatomy.tensors)
+
+
+@pytest.mark.parametrize("where", [0.0, 0.37, 0.5, 0.999999])
+def test_one_flipped_bit_anywhere_in_a_kept_tensor_is_found(
+    source: Subject, pruned: Path, tmp_path: Path, where: float
+) -> None:
+    folder = _copied(pruned, tmp_path / "out")
+    before = open_subject(str(folder))
+    name = "model.layers.2.mlp.experts.1.up_proj.weight"
+    tensor = before.checkpoint.tensors[name]
+    with before.checkpoint.path_of(tensor.shard).open("r+b") as file:
+        file.seek(tensor.offset + int(where * tensor.nbytes))
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(OutputError, match=f"{name} differs from"):
+        verify(str(folder), str(source.root))
+    assert verify(str(folder))["tensors"] == len(before.anatomy.tensors)  # headers alone cannot tell
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"num_experts_per_tok": 2}, {"rope_theta": 1.0}, {"hidden_act": "relu"}, {"new": None}, {"rms_norm_eps": 1}],
+)
+def test_an_edited_config_is_found(source: Subject, pruned: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = _copied(pruned, tmp_path / "out")
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | config))
+    with pytest.raises(OutputError, match=f"another {next(iter(config))} in config.json"):
+        verify(str(folder), str(source.root))
+
+
+def _operations(record: Any) -> Any:
+    return record["history"][0]["operations"]
+
+
+def _other_experts(record: Any) -> Any:
+    _operations(record)[1]["expert_map"]["2"] = {str(old): new for new, old in enumerate((0, 2, 4, 7))}
+    return record
+
+
+def _no_prune(record: Any) -> Any:
+    del _operations(record)[1]
+    return record
+
+
+def _no_retop(record: Any) -> Any:
+    del _operations(record)[0]
+    return record
+
+
+@pytest.mark.parametrize(
+    ("forgery", "says"),
+    [
+        (_other_experts, r"layers.2.*differs from"),
+        (_no_prune, "holds other tensors than its record makes"),
+        (_no_retop, "another num_experts_per_tok in config.json"),
+    ],
+)
+def test_a_forged_record_is_found(
+    source: Subject, pruned: Path, tmp_path: Path, forgery: Callable[[Any], Any], says: str
+) -> None:
+    folder = _copied(pruned, tmp_path / "out")
+    _forge(folder, forgery)
+    with pytest.raises(OutputError, match=says):
+        verify(str(folder), str(source.root))
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ([], "not a JSON object"),
+        ({}, "holds no history"),
+        ({"history": 1}, "holds no history"),
+        ({"history": [1]}, "holds no history"),
+        ({"history": [{"source": {}, "operations": 1}]}, "holds no history"),
+        ({"history": [{"source": "x", "operations": []}]}, "holds no history"),
+        ({"history": [{"operations": []}]}, "holds no history"),
+        ({"history": [{"source": {"fingerprint": ["x"]}, "operations": []}]}, "was not made from"),
+        ({"history": []}, "there is no record of a source"),
+    ],
+)
+def test_a_record_without_sense_is_an_input_error(
+    source: Subject, pruned: Path, tmp_path: Path, record: Any, says: str
+) -> None:
+    folder = _copied(pruned, tmp_path / "out")
+    _forge(folder, lambda _: record)
+    with pytest.raises(InputError, match=says):
+        verify(str(folder), str(source.root))
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+OPERATIONS = st.lists(
+    ANYTHING
+    | st.fixed_dictionaries(
+        {"operation": st.sampled_from(["retop", "prune", "layout", "recover"])},
+        optional={
+            "top_k": ANYTHING | st.fixed_dictionaries({"after": ANYTHING}),
+            "expert_map": ANYTHING | st.dictionaries(st.sampled_from(["0", "1", "2", "x"]), ANYTHING, max_size=3),
+            "layout": ANYTHING | st.sampled_from(["fused", "qwen2-moe"]),
+            "replaced": ANYTHING | st.lists(st.sampled_from(["model.norm.weight", "x"]), max_size=2),
+        },
+    ),
+    max_size=3,
+)
+
+
+@given(OPERATIONS)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@example([{"operation": "retop", "top_k": {"after": float("inf")}}])
+@example([{"operation": "prune", "expert_map": {}}])
+@example([{"operation": "layout", "layout": "qwen2-moe"}, {"operation": "layout", "layout": "qwen2-moe"}])
+@example([[]])
+def test_no_record_breaks_anything(source: Subject, operations: list[Any]) -> None:
+    """moesurgeon.json is untrusted: what cannot be done again is a CheckpointError."""
+    try:
+        plan = replay(source.anatomy, operations)
+    except CheckpointError as error:
+        assert len(str(error)) < 500
+    else:
+        plan.check(source.anatomy.tensors)
+
+
+def test_another_source_is_refused(source: Subject, pruned: Path, tmp_path: Path) -> None:
+    other = save_checkpoint(tmp_path / "other", "deepseek", seed=1)
+    with pytest.raises(InputError, match="its record names other fingerprints"):
+        verify(str(pruned), str(other))
+    with pytest.raises(InputError, match=r"has no moesurgeon\.json"):
+        verify(str(source.root), str(other))
+
+
+def _with_new_routers(source: Subject) -> EditPlan:
+    """Return a plan as recovery makes it: new router weights, of which the record has only the names."""
+    outputs = dict(identity(source.anatomy).outputs)
+    names = [source.anatomy.router_weight(layer) for layer in source.anatomy.moe_layers]
+    for name in names:
+        spec = source.anatomy.tensors[name]
+        outputs[name] = edits.replace(spec, lambda size=spec.nbytes: bytes(size))
+    return EditPlan(outputs, record=[{"operation": "recover", "replaced": names}])
+
+
+def test_replaced_tensors_are_counted_also_when_they_were_cut_later(source: Subject, tmp_path: Path) -> None:
+    apply(_with_new_routers(source), source.checkpoint, tmp_path / "recovered")
+    recovered = open_subject(str(tmp_path / "recovered"))
+    apply(plan_prune(recovered.anatomy, KEPT), recovered.checkpoint, tmp_path / "pruned")
+    for folder, against, replaced in (("recovered", source, 3), ("pruned", source, 3), ("pruned", recovered, 0)):
+        report = verify(str(tmp_path / folder), str(against.root))
+        assert report["tensors_replaced"] == replaced
+        assert report["tensors_equal"] == report["tensors"] - replaced
+
+
+def test_what_lies_beside_replaced_bytes_is_compared(source: Subject, tmp_path: Path) -> None:
+    """One expert's matrix replaced and then fused with the others: those still have to be the source's."""
+    name = "model.layers.2.mlp.experts.3.down_proj.weight"
+    outputs = dict(identity(source.anatomy).outputs)
+    outputs[name] = edits.replace(source.anatomy.tensors[name], lambda: bytes(source.anatomy.tensors[name].nbytes))
+    plan = EditPlan(outputs, record=[{"operation": "recover", "replaced": [name]}])
+    plan = compose(plan, plan_layout(plan.result(source.anatomy), "fused"))
+    apply(plan, source.checkpoint, tmp_path / "out")
+    assert verify(str(tmp_path / "out"), str(source.root))["tensors_replaced"] == 1
+    fused = open_subject(str(tmp_path / "out"))
+    tensor = fused.checkpoint.tensors["model.layers.2.mlp.experts.down_proj"]
+    with fused.checkpoint.path_of(tensor.shard).open("r+b") as file:
+        file.seek(tensor.offset + 5 * tensor.nbytes // 8)
+        file.write(b"\xff\xff\xff\xff")
+    with pytest.raises(OutputError, match=r"experts\.down_proj differs from"):
+        verify(str(fused.root), str(source.root))
+
+
+def test_what_is_incomplete_does_not_verify(pruned: Path, tmp_path: Path) -> None:
+    folder = _copied(pruned, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_routed_experts": 5}))
+    with pytest.raises(OutputError, match=r"does not verify: .*config.json counts 5 experts.*and \d+ more"):
+        verify(str(folder))
+    with pytest.raises(MoeSurgeonError):
+        verify(str(tmp_path / "nowhere"))
