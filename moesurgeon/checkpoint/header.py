@@ -16,12 +16,14 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moesurgeon.errors import CheckpointError
 
 # The limit of the safetensors library itself; real headers stay under 20 MB.
 MAX_HEADER_BYTES = 100_000_000
+# Parsed, a value of two characters takes up to 130 bytes. The largest index that we know has 140,000 entries.
+_MAX_VALUES = 4_000_000
 # The limit of torch and numpy; it bounds the product of the sizes, too.
 MAX_DIMENSIONS = 64
 
@@ -56,12 +58,25 @@ class StoredTensor(TensorSpec):
     offset: int
 
 
+class FileState(NamedTuple):
+    """What tells that a file is still the one that was read. Not ctime: a new hard link changes it."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> FileState:
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The parsed header of one shard; tensors in the order of their bytes."""
+    """The parsed header of one shard, tensors in the order of their bytes, and the file that it was read from."""
 
     tensors: tuple[StoredTensor, ...]
     metadata: Mapping[str, str]
+    state: FileState
 
 
 def read_header(path: Path, shard: str) -> Header:
@@ -70,7 +85,8 @@ def read_header(path: Path, shard: str) -> Header:
     Raises CheckpointError if anything in it disagrees with the file or with itself.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        state = FileState.of(os.fstat(file.fileno()))
+        size = state.size
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if len(prefix) < 8 or length > size - 8:
@@ -93,7 +109,7 @@ def read_header(path: Path, shard: str) -> Header:
     if end != size:
         what = "is truncated" if end > size else "has bytes that belong to no tensor"
         raise _damaged(shard, f"{what}: {size} bytes on disk, {end} by its header")
-    return Header(tuple(tensors), metadata)
+    return Header(tuple(tensors), metadata, state)
 
 
 def build_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
@@ -116,7 +132,7 @@ def build_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> 
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object, refusing duplicate keys and nesting deep enough to break the parser."""
+    """Parse a JSON object, refusing duplicate keys, and nesting and numbers of values that no checkpoint has."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -124,6 +140,8 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
             raise _damaged(where, "names the same key twice")
         return found
 
+    if sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise _damaged(where, "holds more values than any checkpoint has")
     try:
         value = json.loads(raw.decode(), object_pairs_hook=no_duplicates)
         if b"\\u" in raw:  # only an escape can smuggle in half a character, which no file could be given
@@ -142,7 +160,8 @@ def _stored_tensor(name: str, entry: object, shard: str, data_start: int) -> Sto
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _damaged(shard, f"gives {name!r} the unknown dtype {str(dtype)[:40]!r}")
+        said = dtype[:40] if isinstance(dtype, str) else type(dtype).__name__
+        raise _damaged(shard, f"gives {name!r} the unknown dtype {said!r}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(shard, f"gives {name!r} a shape or offsets that are not sizes")
     bits = math.prod(shape) * DTYPE_BITS[dtype]

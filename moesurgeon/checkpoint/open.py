@@ -6,6 +6,7 @@ are never opened.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,10 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 PROVENANCE_NAME = "moesurgeon.json"
 # A JSON bomb must not eat the memory. DeepSeek-V3's index, the largest we know, has 9 MB.
-# Parsed, JSON takes up to 20 times its size ("[[],[],...").
-_MAX_JSON_BYTES = 256_000_000
+_MAX_JSON_BYTES = 100_000_000
 _MAX_CONFIG_BYTES = 16_000_000
+# What we may still have to walk through by recursion; configs nest to 4 or 5.
+_MAX_DEPTH = 64
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -90,11 +92,21 @@ def open_checkpoint(root: Path) -> Checkpoint:
 
 
 def read_json_file(root: Path, name: str) -> dict[str, Any]:
-    """Read the JSON object in ``root/name``; CheckpointError if it is missing, huge or malformed."""
+    """Read the JSON object in ``root/name``; CheckpointError if it is missing, huge, malformed or nested deep."""
     path = _inside(root, name)
     if path.stat().st_size > (_MAX_CONFIG_BYTES if name == CONFIG_NAME else _MAX_JSON_BYTES):
         raise CheckpointError(f"{name} has {path.stat().st_size} bytes; that is no file of a checkpoint")
-    return parse_json(path.read_bytes(), name)
+    value = parse_json(path.read_bytes(), name)
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        nested = [item for item in level if isinstance(item, dict | list)]
+        level = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
+        # Configs hold them (time_step_limit), what goes into our own JSON must not.
+        if name != CONFIG_NAME and any(isinstance(child, float) and not math.isfinite(child) for child in level):
+            raise CheckpointError(f"{name} holds a number that is none (NaN or infinite); it was changed by hand")
+    if level:
+        raise CheckpointError(f"{name} is nested more than {_MAX_DEPTH} deep; that is no file of a checkpoint")
+    return value
 
 
 def _inside(root: Path, name: str) -> Path:

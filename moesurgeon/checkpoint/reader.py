@@ -8,7 +8,7 @@ import os
 from types import TracebackType
 from typing import Self
 
-from moesurgeon.checkpoint.header import StoredTensor
+from moesurgeon.checkpoint.header import FileState, StoredTensor
 from moesurgeon.checkpoint.open import Checkpoint
 from moesurgeon.errors import CheckpointError
 
@@ -31,9 +31,16 @@ class ShardReader:
         self._files.clear()
 
     def file_of(self, shard: str) -> int:
-        """Return the descriptor of ``shard``, opened on first use."""
+        """Return the descriptor of ``shard``, opened on first use.
+
+        Raises CheckpointError if the file is not the one any more whose header was read.
+        """
         if shard not in self._files:
-            self._files[shard] = os.open(self._checkpoint.path_of(shard), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._files[shard] = os.open(self._checkpoint.path_of(shard), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise _changed(shard, "went away") from error
+            _refuse_changed(self._checkpoint, shard, os.fstat(self._files[shard]))
         return self._files[shard]
 
     def read(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> bytes:
@@ -48,10 +55,30 @@ class ShardReader:
             # One pread returns at most 2 GiB on Linux.
             piece = os.pread(file, min(end - position, 1 << 30), position)
             if not piece:
-                raise CheckpointError(f"{tensor.shard} became shorter while it was read; leave it alone and try again")
+                raise _changed(tensor.shard, "became shorter")
             pieces.append(piece)
             position += len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def refuse_changed(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a shard was written to or replaced since ``checkpoint`` was opened."""
+    for shard in checkpoint.headers:
+        try:
+            stat = checkpoint.path_of(shard).stat()
+        except FileNotFoundError as error:
+            raise _changed(shard, "went away") from error
+        _refuse_changed(checkpoint, shard, stat)
+
+
+def _refuse_changed(checkpoint: Checkpoint, shard: str, stat: os.stat_result) -> None:
+    before, now = checkpoint.headers[shard].state, FileState.of(stat)
+    if now != before:
+        raise _changed(shard, "became shorter" if now.size < before.size else "changed")
+
+
+def _changed(shard: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{shard} {what} while it was read; leave it alone and try again")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -2,7 +2,8 @@
 
 Work goes into a hidden folder beside the target (same file system, so the last step is a rename).
 A run that fails, or is killed, leaves the target as it was; at most a hidden ``.NAME.moesurgeon``
-folder stays behind a kill, which the next run clears away. A lock keeps two writers apart.
+folder stays, whose finished shards the same command takes over and any other clears away. A lock
+keeps two writers apart.
 """
 
 from __future__ import annotations
@@ -15,46 +16,62 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from moesurgeon.checkpoint.install import install, recover_old, sync
+from moesurgeon.checkpoint.resume import discard_state, finished_shards, open_staging
 from moesurgeon.errors import OutputError, UsageError
 
 
 @contextmanager
-def staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``target`` when the block ends without an exception.
+def staged(
+    target: Path, *, overwrite: bool, sources: tuple[Path, ...] = (), digest: str | None = None
+) -> Iterator[Path]:
+    """Yield a folder that becomes ``target`` when the block ends without an exception.
 
+    It is empty, or with a ``digest`` (of ``resume.digest_of``) holds the shards that an earlier run with
+    the same one has finished. Those stay for the next run after Ctrl-C or an error of the disk.
     A target that exists and is not empty is refused, or with ``overwrite`` replaced after the new one
     is complete. Raises UsageError for that and for a target in or around a source folder, OutputError
     if another process writes the same target or the disk refuses.
     """
+    target = Path(os.path.abspath(target))
     try:
-        with _staged(target, overwrite=overwrite, sources=sources) as staging:
+        with _staged(target, overwrite=overwrite, sources=sources, digest=digest) as staging:
             yield staging
     except OSError as error:
         raise OutputError(_disk_trouble(error, target)) from error
+    except KeyboardInterrupt as error:
+        if waiting := _waiting(target):
+            raise KeyboardInterrupt(f"interrupted; {waiting}") from error
+        raise
 
 
 @contextmanager
-def _staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> Iterator[Path]:
-    target = Path(os.path.abspath(target))
+def _staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...], digest: str | None) -> Iterator[Path]:
     refuse_unusable(target, overwrite=overwrite, sources=sources)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.moesurgeon")
+    staging = _staging(target)
     lock = FileLock(target.with_name(f".{target.name}.moesurgeon.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise OutputError(f"another moesurgeon is writing {target}; wait for it or choose another folder") from error
     try:
-        _clear_after_kill(staging, target)
+        recover_old(target)
         # Again: another writer may have finished meanwhile, or a killed one's old target is back.
         refuse_unusable(target, overwrite=overwrite, sources=sources)
-        staging.mkdir()
+        resumable = False
         try:
+            open_staging(staging, digest)
             yield staging
             sync_tree(staging)
-            _install(staging, target)
+            discard_state(staging)
+            install(staging, target)
+        except (OSError, KeyboardInterrupt):
+            resumable = finished_shards(staging) > 0
+            raise
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not resumable:
+                shutil.rmtree(staging, ignore_errors=True)
     finally:
         # Before the release: filelock notices a lock file that vanished while it waited for it.
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -75,8 +92,7 @@ def refuse_unusable(target: Path, *, overwrite: bool, sources: tuple[Path, ...] 
 
 def _refuse(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
     for source in sources:
-        real, home = target.resolve(), source.resolve()
-        if real.is_relative_to(home) or home.is_relative_to(real):
+        if _is_in(target, source) or _is_in(source, target):
             raise UsageError(f"the output {target} and the source {source} overlap; choose a folder of its own")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} exists and is not a folder; choose another output")
@@ -92,45 +108,28 @@ def _refuse(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None
 def sync_tree(folder: Path) -> None:
     """Flush the files of ``folder`` and the folders themselves to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
 
-def _clear_after_kill(staging: Path, target: Path) -> None:
-    """Remove what a killed run left; put back the old target if it was killed between two renames."""
-    shutil.rmtree(staging, ignore_errors=True)
-    old = _old(target)
-    if old.exists() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+def _is_in(inner: Path, outer: Path) -> bool:
+    """Whether ``inner`` is ``outer`` or would lie below it, whatever links and mounts lead there."""
+    real = inner.resolve()
+    return outer.exists() and any(folder.exists() and folder.samefile(outer) for folder in (real, *real.parents))
 
 
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.moesurgeon.old")
+def _staging(target: Path) -> Path:
+    return target.with_name(f".{target.name}.moesurgeon")
 
 
-def _install(staging: Path, target: Path) -> None:
-    """Rename ``staging`` to ``target``; what was there goes away only after that."""
-    old = _old(target)
-    if target.exists():
-        target.rename(old)
-    try:
-        staging.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    parent = os.open(target.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _waiting(target: Path) -> str:
+    """Say what a further run can take over; nothing if there is nothing."""
+    staging = _staging(target)
+    count = finished_shards(staging)
+    return f"the same command goes on from the {count} finished shards in {staging}" if count else ""
 
 
 def _disk_trouble(error: OSError, target: Path) -> str:
     what = os.strerror(error.errno) if error.errno else str(error)
-    return f"{target} could not be written ({what}); nothing was left behind, free space or choose another folder"
+    waiting = _waiting(target)
+    then = f"free space, then {waiting}" if waiting else "nothing was left behind, free space or choose another folder"
+    return f"{target} could not be written ({what}); {then}"

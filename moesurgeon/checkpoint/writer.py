@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moesurgeon.checkpoint.header import TensorSpec, build_header
@@ -19,8 +20,11 @@ from moesurgeon.progress import Advance
 
 # "This pair of files cannot do that": try the next way. Anything else is a real error.
 _REFUSALS = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+_BLOCK = 4096
 # Short enough for the progress bar to move and Ctrl-C to be heard, long enough to cost nothing.
 _STEP = 64 << 20
+# Of the buffer, which is used again and again: new memory for every read costs as much as the copy.
+_BUFFERED = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +61,12 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One file of the output."""
+    """One file of the output. ``verbatim``: the source shard that it is, header and all, if it is one."""
 
     name: str
     tensors: tuple[PlannedTensor, ...]
     metadata: Mapping[str, str]
+    verbatim: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +77,12 @@ def write_shard(plan: ShardPlan, reader: ShardReader, path: Path, advance: Advan
     """Write ``plan`` to the new file ``path`` and flush it to the disk."""
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
+        if plan.verbatim:
+            # From the first byte on the blocks lie alike, so a file system that can share them does.
+            file = reader.file_of(plan.verbatim)
+            copy_range(file, 0, target, os.fstat(file).st_size, plan.verbatim, advance)
+            os.fsync(target)
+            return
         _write_all(target, build_header((tensor.spec for tensor in plan.tensors), plan.metadata))
         for part in joined(part for tensor in plan.tensors for part in tensor.parts):
             if isinstance(part, Fresh):
@@ -84,6 +95,16 @@ def write_shard(plan: ShardPlan, reader: ShardReader, path: Path, advance: Advan
         os.fsync(target)
     finally:
         os.close(target)
+
+
+def beginning(plan: ShardPlan, reader: ShardReader) -> tuple[bytes, int]:
+    """Return the header that ``plan``'s file begins with, and the size that it has when it is whole."""
+    if plan.verbatim:
+        file = reader.file_of(plan.verbatim)
+        size = os.fstat(file).st_size
+        return os.pread(file, size - plan.nbytes, 0), size
+    header = build_header((tensor.spec for tensor in plan.tensors), plan.metadata)
+    return header, len(header) + plan.nbytes
 
 
 def joined(parts: Iterable[Part]) -> Iterator[Part]:
@@ -109,18 +130,28 @@ def joined(parts: Iterable[Part]) -> Iterator[Part]:
 
 
 def copy_range(source: int, offset: int, target: int, length: int, shard: str, advance: Advance) -> None:
-    """Append ``length`` bytes of the descriptor ``source`` from ``offset`` on to ``target``."""
+    """Append ``length`` bytes of the descriptor ``source`` from ``offset`` on to ``target``.
+
+    Where source and target lie alike within their blocks, inside the kernel, which may share the blocks;
+    elsewhere (after every cut) through a buffer: ext4 moves misaligned ranges page by page, and measured
+    1.7 times slower to copy and twice as slow to flush.
+    """
     end = offset + length
-    for way in (_by_copy_file_range, _by_sendfile, _by_read_and_write):
+    shift = os.lseek(target, 0, os.SEEK_CUR) - offset
+    is_aligned = shift % _BLOCK == 0
+    buffered = partial(_by_read_and_write, memoryview(bytearray(min(length, _BUFFERED))))
+    ways = (_by_copy_file_range, _by_sendfile, buffered) if is_aligned else (buffered,)
+    for way in ways:
         try:
             while offset < end:
                 done = way(source, offset, target, min(end - offset, _STEP))
                 if done == 0:
                     raise CheckpointError(f"{shard} became shorter while it was read; leave it alone and try again")
+                _begin_flush(target, offset + shift, done)
                 offset += done
                 advance(done)
         except OSError as error:
-            if error.errno not in _REFUSALS or way is _by_read_and_write:
+            if error.errno not in _REFUSALS or way is buffered:
                 raise
         else:
             return
@@ -136,13 +167,23 @@ def _by_sendfile(source: int, offset: int, target: int, length: int) -> int:
     return os.sendfile(target, source, offset, length)
 
 
-def _by_read_and_write(source: int, offset: int, target: int, length: int) -> int:
-    data = os.pread(source, min(length, 1 << 20), offset)
-    _write_all(target, data)
-    return len(data)
+def _by_read_and_write(buffer: memoryview, source: int, offset: int, target: int, length: int) -> int:
+    done = os.preadv(source, [buffer[:length]], offset)
+    _write_all(target, buffer[:done])
+    return done
 
 
-def _write_all(target: int, data: bytes) -> None:
+def _begin_flush(target: int, place: int, done: int) -> None:
+    """Let the disk begin with what is written, 64 MiB at a time, while the next piece is copied.
+
+    The advice drops clean pages from the cache, too; what was just written is dirty, and is only sent off.
+    """
+    first, last = place // _STEP, (place + done) // _STEP
+    if last > first and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(target, first * _STEP, (last - first) * _STEP, os.POSIX_FADV_DONTNEED)
+
+
+def _write_all(target: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(target, view) :]

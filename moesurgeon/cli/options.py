@@ -16,6 +16,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 AllowNoop = Annotated[bool, typer.Option("--allow-noop", help="Copy the checkpoint where nothing would change.")]
 Link = Annotated[bool, typer.Option("--link", help="Hard-link shards that do not change instead of copying them.")]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Bytes of a shard at most, as 5GB or 500MiB. Default: as the source is divided."),
+]
 Layout = Annotated[
     str | None,
     typer.Option(help="Store the result per-expert, fused, or (DeepSeek-MoE v1) as qwen2-moe. Default: as the source."),

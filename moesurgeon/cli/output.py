@@ -29,8 +29,8 @@ def answer(as_json: bool, work: Callable[[Progress], Report], show: Callable[[Re
         try:
             report = work(SILENT if as_json else Bars())
             _print(report, None if as_json else show)
-        except KeyboardInterrupt:
-            _fail(as_json, "interrupted; nothing that looks finished was left behind", EXIT_INTERRUPTED)
+        except KeyboardInterrupt as error:  # says more where finished shards wait for the next run
+            _fail(as_json, str(error) or "interrupted; nothing that looks finished was left behind", EXIT_INTERRUPTED)
         except MoeSurgeonError as error:
             if os.environ.get("MOESURGEON_DEBUG"):
                 traceback.print_exc()

@@ -34,7 +34,7 @@ EXIT_CODES = (
     (errors.InputError.exit_code, "unusable input: a checkpoint, profile, trace, recipe or list of experts"),
     (errors.GateFailed.exit_code, "a quality gate failed; the last good state was kept"),
     (errors.OutputError.exit_code, "the output could not be written, or a checkpoint did not verify"),
-    (errors.EXIT_INTERRUPTED, "interrupted (Ctrl-C); nothing that looks finished was left behind"),
+    (errors.EXIT_INTERRUPTED, "interrupted (Ctrl-C); nothing that looks finished is left, the same write goes on"),
     (errors.EXIT_PIPE, "the reader of the output went away, as in `moesurgeon ... \\| head`"),
 )
 

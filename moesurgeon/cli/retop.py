@@ -8,6 +8,7 @@ import typer
 
 from moesurgeon.cli import options
 from moesurgeon.cli.output import Report, amount, answer
+from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.cli.written import show_written
 from moesurgeon.progress import Progress
 
@@ -20,6 +21,7 @@ def command(
     top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 1,
     layout: options.Layout = None,
     link: options.Link = False,
+    shard_size: options.ShardSize = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
     allow_noop: options.AllowNoop = False,
@@ -36,6 +38,7 @@ def command(
             output=output,
             layout=layout,
             link=link,
+            shard_size=bytes_of(shard_size),
             overwrite=overwrite,
             dry_run=dry_run,
             allow_noop=allow_noop,

@@ -18,6 +18,7 @@ def command(
     source: Annotated[
         str | None, typer.Option(metavar="CKPT", help="Prove byte by byte that what was kept is this one's.")
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Read every byte and report a SHA-256 for each tensor.")] = False,
     json: options.Json = False,
 ) -> None:
     """Check that a checkpoint is whole: headers, index, counts, shapes, provenance."""
@@ -25,7 +26,7 @@ def command(
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.verify import verify
 
-        return verify(checkpoint, source, progress)
+        return verify(checkpoint, source, progress, full=full)
 
     answer(json, work, _show)
 
@@ -38,4 +39,10 @@ def _show(report: Report) -> None:
         print(
             f"  against {report['source']}: {report['tensors_equal']} tensors equal byte by byte, "
             f"{report['tensors_replaced']} replaced, {report['tensors_dropped']} of the source dropped"
+        )
+    if "hashes" in report:
+        compared = report["hashes_compared"]
+        print(
+            f"  {len(report['hashes'])} tensors hashed; --json lists the hashes"
+            + (", equal to the record's" if compared else "")
         )

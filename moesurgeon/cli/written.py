@@ -18,4 +18,5 @@ def show_written(report: Report) -> None:
         print(f"  would write {report['output']}: {change}")
     else:
         linked = f", {report['linked_shards']} linked" if report["linked_shards"] else ""
-        print(f"  wrote {report['output']}: {change}, {report['shards']} shards{linked}")
+        resumed = f", {report['resumed_shards']} finished earlier" if report["resumed_shards"] else ""
+        print(f"  wrote {report['output']}: {change}, {report['shards']} shards{linked}{resumed}")

@@ -16,7 +16,7 @@ from moesurgeon.checkpoint.open import Checkpoint
 from moesurgeon.engine import deepseek_v1
 from moesurgeon.engine.device import Placement
 from moesurgeon.errors import CheckpointError
-from moesurgeon.families.description import count_of
+from moesurgeon.families.keys import count_of
 from moesurgeon.surgery.anatomy import Anatomy
 
 deepseek_v1.register()
@@ -24,20 +24,27 @@ deepseek_v1.register()
 
 @dataclass(frozen=True, slots=True)
 class MoeBlock:
-    """One mixture of experts in a running model: the layer's number and its modules."""
+    """One mixture of experts in a running model: the layer's number and its modules.
+
+    ``bias_holder`` has the selection bias, if the family has one, under ``bias_name``.
+    """
 
     layer: int
     name: str
     router: nn.Module
     experts: nn.Module
+    bias_holder: nn.Module | None
+    bias_name: str
 
 
 def load_model(checkpoint: Checkpoint, anatomy: Anatomy, placement: Placement) -> PreTrainedModel:
     """Load the whole model, ready for inference.
 
     Raises CheckpointError if a tensor is missing, unexpected (layers for multi-token prediction apart)
-    or does not fit; a model never runs with weights that are not the checkpoint's.
+    or does not fit; a model never runs with weights that are not the checkpoint's. Also for a family
+    whose blocks moesurgeon cannot follow.
     """
+    refuse_unrunnable(anatomy)
     try:
         with _quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -63,6 +70,18 @@ def load_model(checkpoint: Checkpoint, anatomy: Anatomy, placement: Placement) -
     return model.to(placement.device).eval()
 
 
+def refuse_unrunnable(anatomy: Anatomy) -> None:
+    """Raise CheckpointError if this family, or this config of it, cannot be run and observed."""
+    reason = anatomy.family.not_run
+    if reason is None and len(set(anatomy.top_ks)) > 1:
+        reason = "its layers route to different numbers of experts"
+    if reason is not None:
+        raise CheckpointError(
+            f"{anatomy.family.title} checkpoints cannot be run by moesurgeon: {reason}; "
+            "inspect, retop, prune --keep-experts and verify need no running model"
+        )
+
+
 def moe_blocks(model: nn.Module, anatomy: Anatomy) -> list[MoeBlock]:
     """Return the mixture-of-experts blocks of ``model``, first layer first."""
     blocks = []
@@ -70,7 +89,17 @@ def moe_blocks(model: nn.Module, anatomy: Anatomy) -> list[MoeBlock]:
         name = anatomy.family.block_module.replace("{layer}", str(layer))
         block = model.get_submodule(name)
         router, experts = anatomy.family.router_module, anatomy.family.experts_module
-        blocks.append(MoeBlock(layer, name, block.get_submodule(router), block.get_submodule(experts)))
+        holder, _, bias = anatomy.family.bias_module.rpartition(".")
+        blocks.append(
+            MoeBlock(
+                layer,
+                name,
+                block.get_submodule(router),
+                block.get_submodule(experts),
+                block.get_submodule(holder) if anatomy.family.router.selection_bias else None,
+                bias,
+            )
+        )
     return blocks
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moesurgeon.engine.model import MoeBlock
+from moesurgeon.families.keys import value_at
 from moesurgeon.surgery.anatomy import Anatomy
 
 
@@ -22,6 +24,7 @@ class Routing:
     groups: int
     kept_groups: int
     group_score: str
+    epsilon: float = 0.0
 
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
         """Return each expert's score [T, E] in float32: softmax or sigmoid of the logits."""
@@ -48,7 +51,7 @@ class Routing:
         """Return the weights [T, K] of the chosen experts."""
         weights = scores_TE.gather(-1, chosen_TK)
         if self.renormalises:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / (weights.sum(-1, keepdim=True) + self.epsilon)
         return weights * self.scale
 
 
@@ -56,12 +59,13 @@ def routing_of(anatomy: Anatomy) -> Routing:
     """Return how ``anatomy`` routes."""
     rule = anatomy.family.router
     groups, kept = anatomy.groups
-    scale = float(anatomy.config.get(rule.scale_key or "", rule.scale_default))
+    scale = value_at(anatomy.config, rule.scale_key)
+    scale = rule.scale_default if scale is None else float(scale)
     score = rule.groups.score if rule.groups else "max"
-    return Routing(rule.scoring, anatomy.renormalises, scale, groups, kept, score)
+    return Routing(rule.scoring, anatomy.renormalises, scale, groups, kept, score, rule.epsilon)
 
 
-def selection_bias(router: torch.nn.Module) -> torch.Tensor | None:
-    """Return the bias [E] that takes part in the choice only, where the router has one."""
-    bias = getattr(router, "e_score_correction_bias", None)
-    return bias if isinstance(bias, torch.Tensor) else None
+def selection_bias(block: MoeBlock) -> torch.Tensor | None:
+    """Return the bias [E] that takes part in the choice only, where the block has one."""
+    bias = getattr(block.bias_holder, block.bias_name, None)
+    return bias.flatten() if isinstance(bias, torch.Tensor) else None

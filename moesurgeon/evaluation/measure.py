@@ -141,5 +141,6 @@ def _compare(
 
 def _log_probabilities(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    # Some families scale or cap their logits here; those that we know do not.
+    # Granite divides its logits behind the head; no other family that we run scales or caps them.
+    logits = logits / getattr(model.config, "logits_scaling", 1.0)
     return logits.float().log_softmax(-1)

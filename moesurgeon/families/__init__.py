@@ -6,14 +6,52 @@ from collections.abc import Mapping
 from typing import Any
 
 from moesurgeon.errors import UnknownFamily
+from moesurgeon.families.dbrx import DBRX
 from moesurgeon.families.deepseek import DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3
-from moesurgeon.families.description import Family, Layout, RouterRule
+from moesurgeon.families.deepseek_v4 import DEEPSEEK_V4
+from moesurgeon.families.description import Family, Layout
+from moesurgeon.families.ernie4_5_moe import ERNIE4_5_MOE
+from moesurgeon.families.glm4_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE
+from moesurgeon.families.gpt_oss import GPT_OSS
+from moesurgeon.families.granitemoe import GRANITEMOE
+from moesurgeon.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
+from moesurgeon.families.jamba import JAMBA
+from moesurgeon.families.lfm2_moe import LFM2_MOE
+from moesurgeon.families.llama4 import LLAMA4, LLAMA4_TEXT
+from moesurgeon.families.minimax_m2 import MINIMAX_M2
 from moesurgeon.families.mixtral import MIXTRAL
+from moesurgeon.families.olmoe import OLMOE
+from moesurgeon.families.phimoe import PHIMOE
 from moesurgeon.families.qwen2_moe import QWEN2_MOE
+from moesurgeon.families.qwen3_moe import QWEN3_MOE
+from moesurgeon.families.rules import RouterRule
 
 __all__ = ["FAMILIES", "Family", "Layout", "RouterRule", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (MIXTRAL, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE)
+FAMILIES: tuple[Family, ...] = (
+    MIXTRAL,
+    DEEPSEEK_V1,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DEEPSEEK_V4,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
+    GPT_OSS,
+    GRANITEMOE,
+    ERNIE4_5_MOE,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
+    DOTS1,
+    MINIMAX_M2,
+    JAMBA,
+    HUNYUAN_V1_MOE,
+    LFM2_MOE,
+    DBRX,
+    LLAMA4,
+    LLAMA4_TEXT,
+    PHIMOE,
+)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -4,27 +4,13 @@ They share their tensor names and differ in the router. V1's gate takes its soft
 dtype; V1 and V2 use raw probabilities, V3 sigmoid scores with a selection bias and renormalisation.
 """
 
-from moesurgeon.families.description import Family, Groups, Layout, MoeLayers, RouterRule
+from moesurgeon.families.description import Family
+from moesurgeon.families.rules import Groups, MoeLayers, RouterRule
+from moesurgeon.families.stored import both_layouts
 
 _ROWS = {"{block}.gate.weight": 0, "{block}.gate.e_score_correction_bias": 0}
 
-_LAYOUTS = (
-    Layout(
-        name="per-expert",
-        block="model.layers.{layer}.mlp",
-        per_expert_rows=_ROWS,
-        expert="{block}.experts.{expert}.",
-        projections={"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
-        shared="{block}.shared_experts.",
-    ),
-    Layout(
-        name="fused",
-        block="model.layers.{layer}.mlp",
-        per_expert_rows=_ROWS,
-        projections={"gate_up": "gate_up_proj", "down": "down_proj"},
-        shared="{block}.shared_experts.",
-    ),
-)
+_LAYOUTS = both_layouts(_ROWS, shared="{block}.shared_experts.")
 
 DEEPSEEK_V1 = Family(
     name="deepseek_v1",

@@ -1,6 +1,8 @@
 """Mixtral: every layer a mixture, softmax over all experts, the chosen weights renormalised."""
 
-from moesurgeon.families.description import Family, Layout, RouterRule
+from moesurgeon.families.description import Family
+from moesurgeon.families.rules import RouterRule
+from moesurgeon.families.stored import W1_W3_W2, both_layouts
 
 MIXTRAL = Family(
     name="mixtral",
@@ -9,20 +11,10 @@ MIXTRAL = Family(
     experts_keys=("num_local_experts", "num_experts"),
     expert_width_key="intermediate_size",
     router=RouterRule(scoring="softmax", renormalise=True),
-    layouts=(
-        Layout(
-            name="per-expert",
-            block="model.layers.{layer}.block_sparse_moe",
-            per_expert_rows={"{block}.gate.weight": 0},
-            expert="{block}.experts.{expert}.",
-            projections={"gate": "w1", "up": "w3", "down": "w2"},
-        ),
-        # What transformers 5 writes with save_original_format=False: its own names in memory.
-        Layout(
-            name="fused",
-            block="model.layers.{layer}.mlp",
-            per_expert_rows={"{block}.gate.weight": 0},
-            projections={"gate_up": "gate_up_proj", "down": "down_proj"},
-        ),
+    layouts=both_layouts(
+        {"{block}.gate.weight": 0},
+        block="model.layers.{layer}.block_sparse_moe",
+        projections=W1_W3_W2,
+        running_block="model.layers.{layer}.mlp",
     ),
 )

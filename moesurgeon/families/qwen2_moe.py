@@ -3,9 +3,9 @@
 Also the stock home of DeepSeek-MoE v1 checkpoints (``--layout qwen2-moe``).
 """
 
-from moesurgeon.families.description import Family, Layout, MoeLayers, RouterRule
-
-_ROWS = {"{block}.gate.weight": 0}
+from moesurgeon.families.description import Family
+from moesurgeon.families.rules import MoeLayers, RouterRule
+from moesurgeon.families.stored import both_layouts
 
 QWEN2_MOE = Family(
     name="qwen2_moe",
@@ -15,21 +15,5 @@ QWEN2_MOE = Family(
     expert_width_key="moe_intermediate_size",
     moe_layers=MoeLayers(dense_layers_key="mlp_only_layers", step_key="decoder_sparse_step"),
     router=RouterRule(scoring="softmax", renormalise="norm_topk_prob"),
-    layouts=(
-        Layout(
-            name="per-expert",
-            block="model.layers.{layer}.mlp",
-            per_expert_rows=_ROWS,
-            expert="{block}.experts.{expert}.",
-            projections={"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
-            shared="{block}.shared_expert.",
-        ),
-        Layout(
-            name="fused",
-            block="model.layers.{layer}.mlp",
-            per_expert_rows=_ROWS,
-            projections={"gate_up": "gate_up_proj", "down": "down_proj"},
-            shared="{block}.shared_expert.",
-        ),
-    ),
+    layouts=both_layouts({"{block}.gate.weight": 0}, shared="{block}.shared_expert."),
 )

@@ -14,7 +14,8 @@ from typing import Any
 
 from moesurgeon.errors import UsageError
 from moesurgeon.families.deepseek import DEEPSEEK_V1
-from moesurgeon.families.description import Family, count_of
+from moesurgeon.families.description import Family
+from moesurgeon.families.keys import count_of
 from moesurgeon.families.qwen2_moe import QWEN2_MOE
 
 

@@ -13,12 +13,14 @@ class Writing:
     """Where and how a checkpoint is written.
 
     ``layout``: store it another way (None: as the source). ``link``: hard links for shards that do not
-    change. ``dry_run``: only report the plan. ``allow_noop``: write a copy where nothing changes.
+    change. ``shard_size``: bytes of a shard at most (None: as the source is divided). ``dry_run``: only
+    report the plan. ``allow_noop``: write a copy where nothing changes.
     """
 
     output: Path
     layout: str | None = None
     link: bool = False
+    shard_size: int | None = None
     overwrite: bool = False
     dry_run: bool = False
     allow_noop: bool = False

@@ -14,6 +14,7 @@ from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.profiling.artefact import Profile, load_profile
 from moesurgeon.progress import SILENT, Progress
+from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.selection.choose import best, count_to_keep
 from moesurgeon.selection.criteria import scores_of
 from moesurgeon.surgery.plan import EditPlan
@@ -55,7 +56,7 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
     if plan.record:
         plan = EditPlan(plan.outputs, plan.dropped, plan.config, [{**plan.record[0], **how}])
     after = plan.result(anatomy)
-    return {
+    report = {
         "kept": {str(layer): list(kept[layer]) for layer in sorted(kept)},
         "dropped": {
             str(layer): [expert for expert in range(anatomy.experts) if expert not in kept[layer]]
@@ -63,11 +64,15 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
         },
         "experts_before": anatomy.experts,
         "experts_after": after.experts,
+        "warnings": parallel_warnings(anatomy.experts, after.experts),
         "stages": [],
         "healing": [],
         **how,
         **finish(plan, subject, writing, progress),
     }
+    for warning in report["warnings"]:
+        progress.note(f"note: {warning}")
+    return report
 
 
 def _choice(subject: Subject, spec: PruneSpec) -> tuple[Kept, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moesurgeon.engine.model import context_length
 from moesurgeon.errors import CheckpointError, UsageError
-from moesurgeon.families.description import count_of
+from moesurgeon.families.keys import count_of
 from moesurgeon.pipeline.options import Text
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.traces.documents import Split

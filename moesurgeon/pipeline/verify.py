@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from moesurgeon.checkpoint.hashes import hashes_of
 from moesurgeon.checkpoint.header import StoredTensor
-from moesurgeon.checkpoint.open import PROVENANCE_NAME, read_json_file
+from moesurgeon.checkpoint.open import INDEX_NAME, PROVENANCE_NAME
 from moesurgeon.checkpoint.reader import ShardReader
-from moesurgeon.errors import CheckpointError, InputError, OutputError
+from moesurgeon.errors import InputError, OutputError
+from moesurgeon.pipeline.provenance import Step, history_of, refuse_inconsistent, refuse_other_hashes
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.surgery.completeness import problems_of
@@ -19,45 +21,44 @@ from moesurgeon.surgery.shards import bytes_of
 _STEP = 64 << 20
 
 
-def verify(name: str, source: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+def verify(name: str, source: str | None = None, progress: Progress = SILENT, *, full: bool = False) -> dict[str, Any]:
     """Check ``name`` for completeness and, given its ``source``, every kept tensor byte by byte.
 
-    Raises OutputError with the first problem; the report of a checkpoint that verified otherwise.
+    ``full``: also read every byte and report the hash of each tensor. Raises OutputError with the first
+    problem; the report of a checkpoint that verified otherwise.
     """
     subject = open_subject(name, complete=False)
     problems = problems_of(subject.anatomy)
     if problems:
         more = f" (and {len(problems) - 1} more: see moesurgeon inspect)" if len(problems) > 1 else ""
         raise OutputError(f"{name} does not verify: {problems[0]}{more}")
+    stated = subject.checkpoint.index_metadata.get("total_size")
+    if stated is not None and stated != subject.checkpoint.nbytes:
+        raise OutputError(
+            f"{name} does not verify: {INDEX_NAME} counts {str(stated)[:40]} bytes, "
+            f"the shards hold {subject.checkpoint.nbytes}"
+        )
+    history = history_of(subject)
     report: dict[str, Any] = {
         "checkpoint": name,
         "tensors": len(subject.checkpoint.tensors),
         "bytes": subject.checkpoint.nbytes,
         "fingerprint": subject.fingerprint,
-        "history": [step["operations"] for step in _history(subject)],
+        "history": [step["operations"] for step in history],
     }
     if source is not None:
         report["source"] = source
-        report |= _against_source(subject, open_subject(source), progress)
+        report |= _against_source(subject, open_subject(source), history, progress)
+    refuse_inconsistent(subject, history)
+    if full:
+        with progress.task("hashing", subject.checkpoint.nbytes, "bytes") as advance:
+            hashes = hashes_of(subject.checkpoint, advance)
+        report |= {"hashes_compared": refuse_other_hashes(subject, history, hashes), "hashes": hashes}
     return report
 
 
-def _history(subject: Subject) -> Sequence[Mapping[str, Any]]:
-    """Return the steps that ``moesurgeon.json`` records; none if the checkpoint was never edited."""
-    if not (subject.root / PROVENANCE_NAME).exists():
-        return []
-    history = read_json_file(subject.root, PROVENANCE_NAME).get("history")
-    if not isinstance(history, list) or not all(
-        isinstance(step, dict) and isinstance(step.get("source"), dict) and isinstance(step.get("operations"), list)
-        for step in history
-    ):
-        raise CheckpointError(f"{PROVENANCE_NAME} holds no history; it was changed by hand or belongs elsewhere")
-    return history
-
-
-def _against_source(subject: Subject, source: Subject, progress: Progress) -> dict[str, Any]:
+def _against_source(subject: Subject, source: Subject, history: Sequence[Step], progress: Progress) -> dict[str, Any]:
     """Replay the recorded operations on ``source`` and compare the bytes of all that was kept."""
-    history = _history(subject)
     if not history:
         raise InputError(f"{subject.name} has no {PROVENANCE_NAME}: there is no record of a source to compare with")
     fingerprints = [step["source"].get("fingerprint") for step in history]

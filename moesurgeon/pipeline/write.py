@@ -51,7 +51,8 @@ def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progres
             writing.output,
             link=writing.link,
             overwrite=writing.overwrite,
+            shard_size=writing.shard_size,
             progress=progress,
         )
-        report |= {"shards": written.shards, "linked_shards": written.linked}
+        report |= {"shards": written.shards, "linked_shards": written.linked, "resumed_shards": written.resumed}
     return report

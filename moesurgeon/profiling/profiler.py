@@ -71,7 +71,7 @@ class _Collector:
         logits, indices = seen.logits[self._rows], seen.indices[self._rows]
         weights, norms = seen.weights[self._rows].double(), seen.norms[self._rows].double()
         scores = self._routing.scores(logits)
-        first = self._routing.choose(scores, selection_bias(block.router), 1).squeeze(-1)
+        first = self._routing.choose(scores, selection_bias(block), 1).squeeze(-1)
         place = (self._domain, self.statistics.layers.index(block.layer))
         pull = weights * norms
         for name, values in (
@@ -122,7 +122,7 @@ def follows_rule(routing: Routing, block: MoeBlock, seen: Observation) -> bool:
     differences count: raw weights of 64 experts are smaller than any absolute tolerance.
     """
     scores = routing.scores(seen.logits)
-    ranked = routing.ranked(scores, selection_bias(block.router))
+    ranked = routing.ranked(scores, selection_bias(block))
     best = ranked.topk(seen.indices.shape[-1], dim=-1).values
     chosen = ranked.gather(-1, seen.indices).sort(-1, descending=True).values
     weights = routing.weights(scores, seen.indices)

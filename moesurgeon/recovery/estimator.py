@@ -36,7 +36,7 @@ def straight_through(
     mask = (candidates_TM[:, :, None] == chosen_TK[:, None, :]).any(-1)
     gated = p.detach() * mask + (p - p.detach())
     if routing.renormalises:
-        gated = gated / gated.sum(-1, keepdim=True)
+        gated = gated / (gated.sum(-1, keepdim=True) + routing.epsilon)
     return gated * routing.scale
 
 
@@ -74,12 +74,12 @@ def _forward(
 ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     router: nn.Module = block.router
 
-    def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(hidden_states: torch.Tensor, *_bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weight: torch.Tensor = router.weight  # type: ignore[assignment]
         flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(weight.dtype)
         logits_TE = F.linear(flat, weight)
         scores_TE = routing.scores(logits_TE)
-        chosen_TK = routing.choose(scores_TE.detach(), selection_bias(router), top_k)
+        chosen_TK = routing.choose(scores_TE.detach(), selection_bias(block), top_k)
         learns = torch.is_grad_enabled()  # a pass that only judges runs the chosen experts alone
         if learns:
             routed.append(Routed(logits_TE, chosen_TK))

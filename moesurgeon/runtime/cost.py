@@ -9,10 +9,14 @@ does not run.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.surgery.anatomy import Anatomy
+
+# The spellings of quantisation scales; other tensors may be called scale and be weights.
+_SCALES = re.compile(r"(weight_scale(_inv)?|_proj_scale(_inv)?|_scales|\.scale|\.qscale_\w+|(input|activation)_scale)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +49,17 @@ class Flops:
 
 def count_parameters(anatomy: Anatomy) -> Parameters:
     """Count weights (not the scales of quantised ones)."""
-    total = sum(_weights(spec) for spec in anatomy.tensors.values())
+    total = sum(_weights(spec) for name, spec in anatomy.tensors.items() if anatomy.roles[name].kind != "table")
     # Layers for multi-token prediction are part of the file, not of what a token runs through.
     mtp = sum(
         _weights(anatomy.tensors[name]) for name, role in anatomy.roles.items() if (role.layer or 0) >= anatomy.layers
     )
     experts = _routed(anatomy, anatomy.routed_layers)
-    running = _routed(anatomy, anatomy.moe_layers)
-    active = total - mtp - running + running * anatomy.top_k // anatomy.experts
+    idle = sum(
+        _routed(anatomy, (layer,)) * (anatomy.experts - anatomy.top_ks[layer]) // anatomy.experts
+        for layer in anatomy.moe_layers
+    )
+    active = total - mtp - idle
     return Parameters(total, active, experts)
 
 
@@ -61,10 +68,10 @@ def count_flops(anatomy: Anatomy) -> Flops:
     parts = dict.fromkeys(("attention", "router", "routed_experts", "shared_experts", "dense_mlp", "head"), 0)
     for name, spec in anatomy.tensors.items():
         role = anatomy.roles[name]
-        if role.kind in ("expert", "fused") or (role.layer or 0) >= anatomy.layers or len(spec.shape) < 2:
+        if role.kind in ("expert", "fused", "table") or (role.layer or 0) >= anatomy.layers or len(spec.shape) < 2:
             continue
         if role.kind == "rows":
-            parts["router"] += 2 * _weights(spec)
+            parts["router"] += 2 * _weights(spec) if name.endswith(".weight") else 0  # biases are only added
         elif role.kind == "shared":
             parts["shared_experts"] += 2 * _weights(spec)
         elif role.layer is None:
@@ -72,24 +79,28 @@ def count_flops(anatomy: Anatomy) -> Flops:
             is_head = name == anatomy.family.head
             tied = name == anatomy.family.embedding and anatomy.family.head not in anatomy.tensors
             parts["head"] += 2 * _weights(spec) if is_head or tied else 0
-        elif name.startswith(anatomy.family.attention.replace("{layer}", str(role.layer))):
+        elif name.startswith(tuple(prefix.replace("{layer}", str(role.layer)) for prefix in anatomy.family.attention)):
             parts["attention"] += 2 * _weights(spec)
         else:
             parts["shared_experts" if role.layer in anatomy.moe_layers else "dense_mlp"] += 2 * _weights(spec)
-    parts["routed_experts"] = 2 * _routed(anatomy, anatomy.moe_layers) * anatomy.top_k // anatomy.experts
+    parts["routed_experts"] = sum(
+        2 * _routed(anatomy, (layer,), biases=False) * anatomy.top_ks[layer] // anatomy.experts
+        for layer in anatomy.moe_layers
+    )
     return Flops(**parts)
 
 
-def _routed(anatomy: Anatomy, layers: tuple[int, ...]) -> int:
+def _routed(anatomy: Anatomy, layers: tuple[int, ...], *, biases: bool = True) -> int:
     return sum(
         _weights(anatomy.tensors[name])
         for layer in layers
-        for name, _ in anatomy.of_kind("expert", "fused", layer=layer)
+        for name, role in anatomy.of_kind("expert", "fused", layer=layer)
+        if biases or not role.suffix.endswith("bias")
     )
 
 
 def _weights(spec: TensorSpec) -> int:
     """Number of weights in a tensor; 0 for scales, two per byte in MXFP4 blocks."""
-    if "scale" in spec.name.rsplit(".", 1)[-1]:
+    if _SCALES.search(spec.name):
         return 0
     return math.prod(spec.shape) * (2 if spec.name.endswith("_blocks") else 1)

@@ -6,6 +6,7 @@ of a plan that has not been written alike.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,10 @@ from typing import Any, Literal
 
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.errors import CheckpointError
-from moesurgeon.families import Family, Layout, family_of
-from moesurgeon.families.description import count_of
+from moesurgeon.families import FAMILIES, Family, Layout, family_of
+from moesurgeon.families.keys import count_of, is_present, value_at
 
-Kind = Literal["expert", "fused", "rows", "shared", "unknown-expert", "other"]
+Kind = Literal["expert", "fused", "rows", "table", "shared", "unknown-expert", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,9 @@ class Role:
     """What a tensor is for.
 
     ``kind``: one expert's tensor, a fused tensor of all experts, another tensor with one entry per
-    expert (``axis`` counts them in both), a shared expert's, something under the experts' prefix that
-    the family does not describe, or anything else. ``projection`` is the role name: gate, up, down...
+    expert (``axis`` counts them in both), a table whose values are experts, a shared expert's, something
+    under an experts' prefix that the family does not describe, or anything else. ``projection`` is the
+    role name: gate, up, down...
     """
 
     kind: Kind
@@ -36,6 +38,8 @@ class Role:
     axis: int = 0
 
 
+# What no family leaves outside its block: experts of layers that are not described (mtp.* of some).
+_OF_EXPERTS = re.compile(r"(.*\.)?experts\..+")
 _PROJECTION_KINDS: tuple[Kind, ...] = ("expert", "fused")
 
 
@@ -44,7 +48,8 @@ class Anatomy:
     """A checkpoint seen as a mixture of experts.
 
     ``moe_layers`` are those of the model proper, ``mtp_layers`` the extra mixture layers behind them
-    (multi-token prediction). ``roles`` has an entry for every tensor.
+    (multi-token prediction). ``roles`` has an entry for every tensor. ``top_ks``: experts per token,
+    layer by layer; ``top_k`` is the largest of them.
     """
 
     family: Family
@@ -57,6 +62,7 @@ class Anatomy:
     mtp_layers: tuple[int, ...]
     experts: int
     top_k: int
+    top_ks: tuple[int, ...]
     hidden: int
     expert_width: int
 
@@ -71,6 +77,10 @@ class Anatomy:
         if self.family.shared_key:
             return count_of(self.config, self.family.shared_key, 0)
         return int(any(role.kind == "shared" for role in self.roles.values()))
+
+    def rows_per_expert(self, name: str) -> int:
+        """Return how many entries of its axis each expert has in the tensor ``name``: more than one where flat."""
+        return self.expert_width if self.layout.name == "flat" and self.roles[name].kind == "fused" else 1
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -112,7 +122,8 @@ def examine(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Ana
     Raises UnknownFamily or CheckpointError (also for a dense model); :func:`problems_of` in
     ``surgery.completeness`` tells whether everything that should be there is.
     """
-    if "num_experts_per_tok" not in config and not any(".experts." in name for name in tensors):
+    known = [key for family in FAMILIES for key in family.top_k_keys]
+    if not any(is_present(config, key) for key in known) and not any(".experts." in name for name in tensors):
         kind = str(config.get("model_type"))[:60]
         raise CheckpointError(f"this {kind} checkpoint is a dense model: it has no experts, so there is nothing to do")
     family = family_of(config)
@@ -122,6 +133,7 @@ def examine(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Ana
     expert_layers = sorted(
         {role.layer for role in roles.values() if role.kind in _PROJECTION_KINDS and role.layer is not None}
     )
+    top_ks = _top_ks(config, family, layers)
     return Anatomy(
         family=family,
         layout=layout,
@@ -132,7 +144,8 @@ def examine(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Ana
         moe_layers=tuple(layer for layer in expert_layers if layer < layers),
         mtp_layers=tuple(layer for layer in expert_layers if layer >= layers),
         experts=_number(config, family.experts_keys),
-        top_k=_number(config, family.top_k_keys),
+        top_k=max(top_ks),
+        top_ks=top_ks,
         hidden=_number(config, (family.hidden_key,)),
         expert_width=_number(config, (family.expert_width_key,)),
     )
@@ -168,17 +181,33 @@ def _role_of(family: Family, layout: Layout, name: str) -> Role:
     for pattern, axis in layout.row_patterns:
         if match := pattern.fullmatch(name):
             return Role("rows", int(match["layer"]), axis=axis)
+    if match := layout.table_pattern.fullmatch(name):
+        return Role("table", int(match["layer"]))
     if match := layout.shared_pattern.fullmatch(name):
         return Role("shared", int(match["layer"]))
     if match := layout.anything_of_experts.fullmatch(name):
         return Role("unknown-expert", int(match["layer"]))
     match = family.layer_pattern.fullmatch(name)
-    return Role("other", int(match["layer"]) if match else None)
+    kind: Kind = "unknown-expert" if _OF_EXPERTS.fullmatch(name) else "other"
+    return Role(kind, int(match["layer"]) if match else None)
+
+
+def _top_ks(config: Mapping[str, Any], family: Family, layers: int) -> tuple[int, ...]:
+    """Return the experts per token of each layer: mostly one number, in some families a list."""
+    if family.fixed_top_k is not None:
+        return (family.fixed_top_k,) * max(1, layers)
+    for key in family.top_k_keys:
+        value = value_at(config, key)
+        if isinstance(value, list):
+            if len(value) != layers:
+                raise CheckpointError(f"config.json gives {key} for {len(value)} layers, not for {layers}; restore it")
+            return tuple(_number({key: each}, (key,)) for each in value)
+    return (_number(config, family.top_k_keys),) * max(1, layers)
 
 
 def _number(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
     """Return the positive integer under the first of ``keys`` that is present."""
-    values = {key: count_of(config, key, 0) for key in keys if config.get(key) is not None}
+    values = {key: count_of(config, key, 0) for key in keys if value_at(config, key) is not None}
     if not values:
         raise CheckpointError(f"config.json lacks {keys[0]}; restore it")
     if len(set(values.values())) > 1:

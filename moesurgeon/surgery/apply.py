@@ -1,7 +1,8 @@
 """The one writer: an edit plan and a source become a checkpoint folder, or nothing does.
 
-Order: check the plan and the space, write every shard into a staging folder, read the result back and
-compare it with the plan, rename. Until the rename the target is as it was.
+Order: check the plan and the space, write every shard into a staging folder, see that the source is
+still what it was, read the result back and compare it with the plan, rename. Until the rename the
+target is as it was; what a killed run had finished is taken over by the next.
 """
 
 from __future__ import annotations
@@ -18,27 +19,31 @@ from typing import Any
 import moesurgeon
 from moesurgeon.checkpoint.auxiliary import copy_auxiliary
 from moesurgeon.checkpoint.open import CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, Checkpoint, read_json_file
-from moesurgeon.checkpoint.reader import ShardReader, fingerprint
+from moesurgeon.checkpoint.reader import ShardReader, fingerprint, refuse_changed
+from moesurgeon.checkpoint.resume import digest_of, is_finished, write_finished
 from moesurgeon.checkpoint.staging import staged
-from moesurgeon.checkpoint.writer import write_shard
 from moesurgeon.errors import OutputError
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.surgery.card import edited_card
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.readback import read_back
-from moesurgeon.surgery.shards import OutputShard, compiled, plan_shards
+from moesurgeon.surgery.shards import OutputShard, compiled, has_index, plan_shards
 
 PROVENANCE_SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written: the folder, its tensors' bytes, and its shards (linked: not copied)."""
+    """What was written: the folder, its tensors' bytes, and its shards.
+
+    ``linked``: those that were not copied; ``resumed``: those that an earlier run had finished.
+    """
 
     folder: Path
     nbytes: int
     shards: int
     linked: int
+    resumed: int
 
 
 def apply(
@@ -48,41 +53,50 @@ def apply(
     *,
     link: bool = False,
     overwrite: bool = False,
+    shard_size: int | None = None,
     progress: Progress = SILENT,
 ) -> Written:
     """Write what ``plan`` makes of ``source`` to the new folder ``target``.
 
     ``link``: shards without any change become hard links to the source's files where the file system
-    allows; both must then be treated as read-only. Raises OutputError if the disk refuses or the
-    result does not read back as planned, UsageError if the target may not be written.
+    allows; both must then be treated as read-only. ``shard_size``: bytes of a file at most (default: as
+    the source is divided). Raises OutputError if the disk refuses or the result does not read back as
+    planned, CheckpointError if the source changes meanwhile, UsageError if the target may not be written.
     """
     plan.check(source.tensors)
-    shards = plan_shards(plan, source)
+    shards = plan_shards(plan, source, shard_size)
     provenance = _provenance(plan, source)
     linked: set[str] = set()
-    with (
-        staged(target, overwrite=overwrite, sources=(source.root,)) as staging,
-        ShardReader(source) as reader,
-    ):
-        for shard in shards:
-            if link and shard.equals and _linked(source.path_of(shard.equals), staging / shard.name):
-                linked.add(shard.name)
-        to_write = [shard for shard in shards if shard.name not in linked]
-        needed = sum(shard.nbytes for shard in to_write)
-        _check_space(staging, needed)
-        with progress.task("writing", needed, "bytes") as advance:
+    with ShardReader(source) as reader:
+        identity = provenance["history"][-1]["source"]["fingerprint"]
+        plans = (compiled(shard, source, reader) for shard in shards)
+        digest = digest_of(plans, source, identity, link=link)
+        # A shard may be a link itself: to the blobs of a hub cache.
+        homes = {source.path_of(shard).resolve().parent for shard in source.headers}
+        with staged(target, overwrite=overwrite, sources=(source.root, *sorted(homes)), digest=digest) as staging:
+            finished = {shard.name for shard in shards if is_finished(compiled(shard, source, reader), staging, reader)}
+            to_write = [shard for shard in shards if shard.name not in finished]
             for shard in to_write:
-                write_shard(compiled(shard, source, reader), reader, staging / shard.name, advance)
-        _write_json(staging / CONFIG_NAME, plan.edited_config(source.config))
-        if len(shards) > 1 or source.is_sharded:
-            _write_json(staging / INDEX_NAME, _index(source, shards))
-        copy_auxiliary(source.root, staging)
-        _write_json(staging / PROVENANCE_NAME, provenance)
-        card = source.root / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        (staging / "README.md").write_text(edited_card(text, plan), encoding="utf-8")
-        read_back(staging, plan, source, reader)
-    return Written(target, plan.nbytes, len(shards), len(linked))
+                if link and shard.equals and _linked(source.path_of(shard.equals), staging / shard.name):
+                    linked.add(shard.name)
+            to_write = [shard for shard in to_write if shard.name not in linked]
+            needed = sum(shard.nbytes for shard in to_write)
+            _check_space(staging, needed)
+            with progress.task("writing", needed, "bytes") as advance:
+                for shard in to_write:
+                    write_finished(compiled(shard, source, reader), reader, staging, advance)
+            refuse_changed(source)
+            _write_json(staging / CONFIG_NAME, plan.edited_config(source.config))
+            if has_index(shards, source, shard_size):
+                _write_json(staging / INDEX_NAME, _index(source, shards))
+            copy_auxiliary(source.root, staging)
+            card = source.root / "README.md"
+            text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+            (staging / "README.md").write_text(edited_card(text, plan), encoding="utf-8")
+            written = read_back(staging, plan, source, reader)
+            provenance["history"][-1]["result"] = {"fingerprint": fingerprint(written)}
+            _write_json(staging / PROVENANCE_NAME, provenance)
+    return Written(target, plan.nbytes, len(shards), len(linked), len(finished))
 
 
 def _index(source: Checkpoint, shards: Sequence[OutputShard]) -> dict[str, Any]:
@@ -108,6 +122,7 @@ def _provenance(plan: EditPlan, source: Checkpoint) -> dict[str, Any]:
 
 
 def _linked(original: Path, path: Path) -> bool:
+    path.unlink(missing_ok=True)
     try:
         os.link(original.resolve(), path)
     except OSError as error:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from moesurgeon.errors import CheckpointError
-from moesurgeon.families.description import count_of
+from moesurgeon.families.keys import count_of
 from moesurgeon.surgery.anatomy import Anatomy
 
 # Several weights in one element: shapes are not those of the config.
@@ -83,12 +84,21 @@ def _of_experts(anatomy: Anatomy) -> Iterator[str]:
 
 def _of_fused_shape(anatomy: Anatomy, name: str, projection: str, suffix: str) -> Iterator[str]:
     shape = anatomy.tensors[name].shape
-    if not shape or shape[0] != anatomy.experts:
+    rows = anatomy.rows_per_expert(name)
+    if not shape or shape[0] != anatomy.experts * rows:
+        if rows > 1:
+            yield f"{name} has shape {list(shape)}, config.json makes it {[anatomy.experts * rows, anatomy.hidden]}"
+            return
         yield f"{name} holds {shape[0] if shape else 0} experts, config.json counts {anatomy.experts}"
-    elif not suffix and anatomy.tensors[name].dtype not in _PACKED:
+    elif suffix in ("", ".weight") and anatomy.tensors[name].dtype not in _PACKED:
         wide, high = anatomy.expert_width, anatomy.hidden
         expected = (high, wide) if projection == "down" else (2 * wide, high)
-        if shape[1:] != expected:
+        if anatomy.layout.transposed:
+            expected = (expected[1], expected[0])
+        if rows > 1:
+            if shape[1:] != (high,):
+                yield f"{name} has shape {list(shape)}, config.json makes it {[anatomy.experts * rows, high]}"
+        elif shape[1:] != expected:
             yield f"{name} has shape {list(shape)}, config.json makes it {[anatomy.experts, *expected]}"
 
 
@@ -105,8 +115,9 @@ def _of_rows(anatomy: Anatomy) -> Iterator[str]:
     rows = {layer: dict(anatomy.of_kind("rows", layer=layer)) for layer in anatomy.routed_layers}
     parts = {layer: {_in_layer(anatomy, name, layer) for name in names} for layer, names in rows.items()}
     for layer, names in rows.items():
+        by_table = any(anatomy.of_kind("table", layer=layer))  # such a layer has no bias to choose with
         for part in sorted(set().union(*parts.values()) - parts[layer]):
-            if not part.endswith(".weight"):
+            if not by_table and not part.endswith(".weight"):
                 yield f"layer {layer} lacks {part}, which others have; a shard is missing or was cut"
         if not any(name.endswith(".weight") for name in names):
             yield f"layer {layer} has experts but no router weight; a shard is missing or was cut"
@@ -117,6 +128,10 @@ def _of_rows(anatomy: Anatomy) -> Iterator[str]:
 
 
 def _of_routing(anatomy: Anatomy) -> Iterator[str]:
+    for name, _role in anatomy.of_kind("table"):
+        shape = anatomy.tensors[name].shape
+        if len(shape) != 2 or shape[1] != anatomy.top_k or anatomy.tensors[name].dtype not in ("I32", "I64"):
+            yield f"{name} has shape {list(shape)}, config.json makes it [vocabulary, {anatomy.top_k}] integers"
     if anatomy.top_k > anatomy.experts:
         yield f"config.json asks for the top {anatomy.top_k} of {anatomy.experts} experts"
     count, kept = anatomy.groups
@@ -136,12 +151,29 @@ def _gaps(anatomy: Anatomy) -> Iterator[str]:
     for name, role in anatomy.of_kind("other", "shared"):
         if role.layer is not None and role.layer < anatomy.layers:
             relative.setdefault(role.layer, set()).add(_in_layer(anatomy, name, role.layer))
-    for layers in (set(anatomy.moe_layers), set(range(anatomy.layers)) - set(anatomy.moe_layers)):
+    kinds: dict[tuple[Any, ...], set[int]] = {}
+    moe_layers = set(anatomy.moe_layers)
+    for layer in relative:
+        kinds.setdefault((layer in moe_layers, *_mixers(anatomy, layer)), set()).add(layer)
+    for layers in kinds.values():
         counts = Counter(part for layer in layers for part in relative.get(layer, ()))
         for part, count in sorted(counts.items()):
             if len(layers) > 2 and len(layers) - 1 == count:
                 layer = next(layer for layer in sorted(layers) if part not in relative.get(layer, ()))
                 yield f"layer {layer} lacks {part}, which every other layer has; a shard is missing or was cut"
+
+
+def _mixers(anatomy: Anatomy, layer: int) -> tuple[str, ...]:
+    """Return which of several kinds of attention ``layer`` has; () where the family has one kind only."""
+    if len(anatomy.family.attention) == 1:
+        return ()
+    names = anatomy.by_layer.get(layer, ())
+    prefixes = (prefix.replace("{layer}", str(layer)) for prefix in anatomy.family.attention)
+    return tuple(
+        kind
+        for kind, prefix in zip(anatomy.family.attention, prefixes, strict=True)
+        if any(name.startswith(prefix) for name in names)
+    )
 
 
 def _in_layer(anatomy: Anatomy, name: str, layer: int) -> str:
@@ -157,7 +189,7 @@ def _few(numbers: list[int]) -> str:
 def _of_ends(anatomy: Anatomy) -> Iterator[str]:
     """What is there once: embedding, last norm, head."""
     needed = [anatomy.family.embedding, anatomy.family.final_norm]
-    if not anatomy.config.get("tie_word_embeddings"):
+    if not anatomy.config.get("tie_word_embeddings", anatomy.family.tied_by_default):
         needed.append(anatomy.family.head)
     for name in needed:
         if name not in anatomy.tensors:

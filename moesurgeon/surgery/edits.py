@@ -43,16 +43,25 @@ Part = Slice | Fresh | Derived
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor of the result. ``sources``: what it was made from; the first decides its shard."""
+    """A tensor of the result. ``sources``: the tensors of the source that it stands for.
+
+    ``beside``: whose shard it goes to; without one the first source's.
+    """
 
     spec: TensorSpec
     parts: tuple[Part, ...]
     verb: str
     sources: tuple[str, ...]
+    beside: str | None = None
 
     @property
     def is_untouched(self) -> bool:
         return self.verb == "copy"
+
+    @property
+    def home(self) -> str:
+        """The tensor of the source whose shard this one goes to."""
+        return self.sources[0] if self.beside is None else self.beside
 
 
 def copy(spec: TensorSpec) -> Output:
@@ -68,11 +77,15 @@ def rename(output: Output, name: str) -> Output:
     return with_fields(output, spec=TensorSpec(name, output.spec.dtype, output.spec.shape), verb=verb)
 
 
-def select(spec: TensorSpec, axis: int, kept: Sequence[int]) -> Output:
-    """Entries ``kept`` (in this order) of ``axis``: rows for axis 0, columns of ``[1, E]`` for axis 1."""
+def select(spec: TensorSpec, axis: int, kept: Sequence[int], *, rows: int = 1) -> Output:
+    """Entries ``kept`` (in this order) of ``axis``: rows for axis 0, columns of ``[1, E]`` for axis 1.
+
+    ``rows``: how many consecutive positions make an entry.
+    """
     outer = math.prod(spec.shape[:axis])
-    count = spec.shape[axis]
-    bits = math.prod(spec.shape[axis + 1 :]) * DTYPE_BITS[spec.dtype]
+    assert spec.shape[axis] % rows == 0, f"{spec} does not divide into entries of {rows}"
+    count = spec.shape[axis] // rows
+    bits = rows * math.prod(spec.shape[axis + 1 :]) * DTYPE_BITS[spec.dtype]
     assert bits % 8 == 0, f"{spec} has entries that do not begin at bytes"
     step = bits // 8
     parts = tuple(
@@ -80,7 +93,7 @@ def select(spec: TensorSpec, axis: int, kept: Sequence[int]) -> Output:
         for block in range(outer)
         for index in kept
     )
-    shape = (*spec.shape[:axis], len(kept), *spec.shape[axis + 1 :])
+    shape = (*spec.shape[:axis], len(kept) * rows, *spec.shape[axis + 1 :])
     return Output(TensorSpec(spec.name, spec.dtype, shape), parts, "select", (spec.name,))
 
 
@@ -96,8 +109,11 @@ def transform(spec: TensorSpec, function: Callable[[bytes], bytes]) -> Output:
 
 
 def add(spec: TensorSpec, load: Callable[[], bytes], *, beside: str) -> Output:
-    """A tensor that the source does not have, stored in the shard of ``beside``."""
-    return Output(spec, (Fresh(spec.nbytes, load),), "add", (beside,))
+    """A tensor that the source does not have, stored in the shard of ``beside``.
+
+    It accounts for no tensor of the source: ``beside`` itself has to be kept or dropped as well.
+    """
+    return Output(spec, (Fresh(spec.nbytes, load),), "add", (), beside)
 
 
 def join(name: str, pieces: Sequence[TensorSpec], shape: tuple[int, ...]) -> Output:

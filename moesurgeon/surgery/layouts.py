@@ -12,12 +12,13 @@ from functools import partial
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.errors import UsageError
 from moesurgeon.families import Layout
+from moesurgeon.families.keys import REMOVED
 from moesurgeon.families.remap import REMAPS, Remap
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.edits import Output
 from moesurgeon.surgery.exact import doubled
-from moesurgeon.surgery.plan import REMOVED, EditPlan, compose, identity
+from moesurgeon.surgery.plan import EditPlan, compose, identity
 
 LAYOUTS = ("per-expert", "fused", *(remap.layout for remap in REMAPS))
 
@@ -49,10 +50,20 @@ def _moved(source: Anatomy, target: Layout) -> Iterator[Output]:
     for name, spec in source.tensors.items():
         role = source.roles[name]
         if role.kind not in ("expert", "fused"):
-            old, new = (layout.block.replace("{layer}", str(role.layer)) for layout in (source.layout, target))
-            yield edits.rename(edits.copy(spec), name.replace(old, new, 1) if name.startswith(old) else name)
+            yield edits.rename(edits.copy(spec), _moved_name(source, target, name))
     for layer in source.routed_layers:
         yield from (_fused if target.expert is None else _unfused)(source, target, layer)
+
+
+def _moved_name(source: Anatomy, target: Layout, name: str) -> str:
+    """Return what ``target`` calls ``name``, which is no expert's: by its place among the rows, or by its block."""
+    role = source.roles[name]
+    old_block, new_block = (layout.block.replace("{layer}", str(role.layer)) for layout in (source.layout, target))
+    if role.kind == "rows":
+        for old, new in zip(source.layout.per_expert_rows, target.per_expert_rows, strict=True):
+            if name == old.replace("{block}", old_block):
+                return new.replace("{block}", new_block)
+    return name.replace(old_block, new_block, 1) if name.startswith(old_block + ".") else name
 
 
 def _fused(source: Anatomy, target: Layout, layer: int) -> Iterator[Output]:
@@ -60,7 +71,7 @@ def _fused(source: Anatomy, target: Layout, layer: int) -> Iterator[Output]:
     for name, role in source.of_kind("expert", layer=layer):
         assert role.expert is not None and role.projection is not None
         pieces[role.expert, role.projection] = source.tensors[name]
-    prefix = target.block.replace("{layer}", str(layer)) + ".experts."
+    prefix = target.fused.replace("{block}", target.block).replace("{layer}", str(layer))
     wide, high = pieces[0, "gate"].shape
     both = [pieces[expert, part] for expert in range(source.experts) for part in ("gate", "up")]
     down = [pieces[expert, "down"] for expert in range(source.experts)]

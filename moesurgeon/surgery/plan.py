@@ -15,16 +15,15 @@ from typing import Any
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.checkpoint.writer import Fresh
 from moesurgeon.errors import CheckpointError
+from moesurgeon.families.keys import REMOVED, with_value
 from moesurgeon.surgery.anatomy import Anatomy, examine
 from moesurgeon.surgery.edits import Derived, Output, Part, Slice, copy, rename
-
-REMOVED = object()
-"""As the value of a config edit: the key goes away."""
 
 
 @dataclass(frozen=True)
 class EditPlan:
-    """``outputs`` by name; ``dropped`` maps tensors to the reason; ``config`` maps keys to values.
+    """``outputs`` by name; ``dropped`` maps tensors to the reason; ``config`` maps keys (dotted where nested) to
+    values, REMOVED among them.
 
     ``record`` says what was done, for the provenance file: one JSON object per operation.
     """
@@ -45,9 +44,10 @@ class EditPlan:
 
     def edited_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``config`` with this plan's edits; order and unknown keys stay."""
-        edited = {key: self.config.get(key, value) for key, value in config.items()}
-        edited |= {key: value for key, value in self.config.items() if key not in config}
-        return {key: value for key, value in edited.items() if value is not REMOVED}
+        edited = dict(config)
+        for key, value in self.config.items():
+            edited = with_value(edited, key, value)
+        return edited
 
     def result(self, source: Anatomy) -> Anatomy:
         """Return the anatomy of what this plan makes of ``source``."""
@@ -72,14 +72,16 @@ class EditPlan:
         """
         used: dict[str, list[Slice]] = {}
         touched: set[str] = set()
+        homes: set[str] = set()
         for name, output in self.outputs.items():
             assert name == output.spec.name
             if sum(part.length for part in output.parts) != output.spec.nbytes:
                 raise CheckpointError(f"refused: the plan fills {name!r} with the wrong number of bytes")
             touched.update(output.sources)
+            homes.add(output.home)
             for part in slices_of(output.parts):
                 used.setdefault(part.tensor, []).append(part)
-        unknown = (touched | set(self.dropped) | set(used)) - set(source)
+        unknown = (touched | homes | set(self.dropped) | set(used)) - set(source)
         twice = touched & set(self.dropped)
         forgotten = set(source) - touched - set(self.dropped)
         for problem, names in (
@@ -127,7 +129,8 @@ def _through(output: Output, first: EditPlan) -> Output:
         return before[0]
     if output.verb == "rename":
         return rename(before[0], output.spec.name)
-    return Output(output.spec, _resolved(output.parts, first), output.verb, sources)
+    home = first.outputs[output.home].home
+    return Output(output.spec, _resolved(output.parts, first), output.verb, sources, home)
 
 
 def slices_of(parts: Iterable[Part]) -> Iterator[Slice]:

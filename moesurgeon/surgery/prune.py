@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moesurgeon.errors import UsageError
+from moesurgeon.families.keys import is_present
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.edits import Output
+from moesurgeon.surgery.exact import renumbered_ids
 from moesurgeon.surgery.plan import EditPlan
 
 Kept = Mapping[int, Sequence[int]]
@@ -19,7 +21,9 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
 
     ``kept`` needs an entry per mixture layer, all of one length: stock runtimes hold one expert count
     for the whole model. Layers for multi-token prediction that ``kept`` leaves out follow the last
-    layer. Raises UsageError if the result could not run.
+    layer. Raises UsageError if the result could not run. A layer that chooses by a table from token to
+    experts (DeepSeek-V4) can lose only experts that its table does not name: for a token's missing
+    expert there is no exact substitute, and the write fails with UsageError.
     """
     kept = {layer: tuple(sorted(kept[layer])) for layer in kept}
     last = max(source.moe_layers, default=None)
@@ -32,7 +36,9 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
     for name, spec in source.tensors.items():
         role = source.roles[name]
         if role.kind in ("fused", "rows") and role.layer in kept:
-            output = edits.select(spec, role.axis, kept[role.layer])
+            output = edits.select(spec, role.axis, kept[role.layer], rows=source.rows_per_expert(name))
+        elif role.kind == "table" and role.layer in kept:
+            output = edits.transform(spec, renumbered_ids(spec, numbers[role.layer]))
         elif role.kind == "expert" and role.layer in kept:
             assert role.expert is not None
             new = numbers[role.layer].get(role.expert)
@@ -45,7 +51,7 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
         outputs[output.spec.name] = output
     if count == source.experts:
         return EditPlan({name: edits.copy(spec) for name, spec in source.tensors.items()})
-    present = [key for key in source.family.experts_keys if key in source.config]
+    present = [key for key in source.family.experts_keys if is_present(source.config, key)]
     record = {
         "operation": "prune",
         "experts": {"before": source.experts, "after": count},

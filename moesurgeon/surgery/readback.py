@@ -15,7 +15,7 @@ from moesurgeon.surgery.plan import EditPlan
 _SAMPLE = 256
 
 
-def read_back(folder: Path, plan: EditPlan, source: Checkpoint, reader: ShardReader) -> None:
+def read_back(folder: Path, plan: EditPlan, source: Checkpoint, reader: ShardReader) -> Checkpoint:
     """Open ``folder`` as any user would and hold it against ``plan``; OutputError if they differ.
 
     Headers, index, names, shapes and completeness are compared in full, the content of every copied
@@ -38,6 +38,7 @@ def read_back(folder: Path, plan: EditPlan, source: Checkpoint, reader: ShardRea
                 raise OutputError(
                     f"{name} differs from its source after writing; nothing was left behind, check the disk"
                 )
+    return written
 
 
 def _samples_agree(

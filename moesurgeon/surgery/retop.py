@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from moesurgeon.errors import UsageError
+from moesurgeon.families.keys import is_present, value_at
+from moesurgeon.surgery import edits
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan, identity
 
@@ -17,7 +20,9 @@ class RetopSpec:
 
 
 def plan_retop(source: Anatomy, spec: RetopSpec) -> EditPlan:
-    """Plan the change of the gate to ``spec.top_k`` experts per token; no tensor changes.
+    """Plan the change of the gate to ``spec.top_k`` experts per token.
+
+    No tensor changes, except that a table from token to experts keeps its first columns.
 
     Where the gate renormalises, the weights go on adding up to one; where it does not, they add up to
     less than before (the weight of the strongest alone), so the output shrinks until it is healed.
@@ -26,9 +31,22 @@ def plan_retop(source: Anatomy, spec: RetopSpec) -> EditPlan:
         raise UsageError(
             f"--top-k {spec.top_k} is not between 1 and the checkpoint's {source.top_k}: retop only takes experts away"
         )
+    if source.family.fixed_top_k is not None:
+        raise UsageError(
+            f"the router of {source.family.title} takes {source.family.fixed_top_k} experts per token whatever "
+            "config.json says: there is nothing that retop could edit; prune works"
+        )
     plan = identity(source)
     if spec.top_k == source.top_k:
         return plan
-    present = [key for key in source.family.top_k_keys if key in source.config]
+    outputs = dict(plan.outputs)
+    for name, _role in source.of_kind("table"):
+        outputs[name] = edits.select(source.tensors[name], 1, range(spec.top_k))
+    config: dict[str, Any] = {}
+    for key in source.family.top_k_keys:
+        if is_present(source.config, key):
+            value = value_at(source.config, key)
+            per_layer = isinstance(value, list)
+            config[key] = [min(each, spec.top_k) for each in value] if per_layer else spec.top_k
     record = {"operation": "retop", "top_k": {"before": source.top_k, "after": spec.top_k}}
-    return EditPlan(plan.outputs, {}, dict.fromkeys(present, spec.top_k), [record])
+    return EditPlan(outputs, {}, config, [record])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moesurgeon.checkpoint.header import DTYPE_BITS
@@ -28,28 +29,58 @@ class OutputShard:
         return sum(output.spec.nbytes for output in self.outputs)
 
 
-def plan_shards(plan: EditPlan, source: Checkpoint) -> list[OutputShard]:
-    """Group the outputs into files like the source's: each goes where its first source was.
+def plan_shards(plan: EditPlan, source: Checkpoint, shard_size: int | None = None) -> list[OutputShard]:
+    """Group the outputs into files like the source's: each goes where its home was.
 
-    A shard with nothing left in it goes away. Within a shard wider dtypes come first, so that every
-    tensor is aligned whatever was cut: the order of the safetensors library's own files.
+    A shard with nothing left in it goes away. With ``shard_size`` the outputs, in the same order, fill
+    files of at most so many bytes of tensors; a tensor that is larger has a file of its own. Within a
+    shard wider dtypes come first, so that every tensor is aligned whatever was cut: the order of the
+    safetensors library's own files.
     """
     by_home: dict[str, list[Output]] = {shard: [] for shard in source.headers}
     for output in plan.outputs.values():
-        by_home[source.tensors[output.sources[0]].shard].append(output)
-    homes = [(home, outputs) for home, outputs in by_home.items() if outputs]
-    keep_names = len(homes) == len(source.headers)
+        by_home[source.tensors[output.home].shard].append(output)
+    homes = [outputs for outputs in by_home.values() if outputs]
+    for outputs in homes:
+        outputs.sort(key=lambda output: (source.tensors[output.home].offset, output.spec.name))
+    groups = homes if shard_size is None else list(_filled(homes, shard_size))
+    names = _names(len(groups), source, resized=shard_size is not None)
     shards = []
-    for number, (home, outputs) in enumerate(homes, start=1):
-        outputs.sort(key=lambda output: (source.tensors[output.sources[0]].offset, output.spec.name))
+    for name, outputs in zip(names, groups, strict=True):
         outputs.sort(key=lambda output: -DTYPE_BITS[output.spec.dtype])
-        name = f"model-{number:05d}-of-{len(homes):05d}.safetensors" if source.is_sharded else SINGLE_NAME
+        home = source.tensors[outputs[0].home].shard
         stored = source.headers[home]
-        untouched = all(output.is_untouched for output in outputs) and len(outputs) == len(stored.tensors)
-        shards.append(
-            OutputShard(home if keep_names else name, tuple(outputs), stored.metadata, home if untouched else None)
-        )
+        same = {tensor.name for tensor in stored.tensors} == {output.spec.name for output in outputs}
+        untouched = same and all(output.is_untouched for output in outputs)
+        shards.append(OutputShard(name, tuple(outputs), stored.metadata, home if untouched else None))
     return shards
+
+
+def has_index(shards: Sequence[OutputShard], source: Checkpoint, shard_size: int | None) -> bool:
+    """Whether the files need an index: several do, and one does that stays as the source had it."""
+    return len(shards) > 1 or (source.is_sharded and shard_size is None)
+
+
+def _names(count: int, source: Checkpoint, *, resized: bool) -> list[str]:
+    if not resized and count == len(source.headers):
+        return list(source.headers)
+    if count == 1 and (resized or not source.is_sharded):
+        return [SINGLE_NAME]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _filled(homes: Iterable[list[Output]], shard_size: int) -> Iterator[list[Output]]:
+    """Yield the outputs in groups of at most ``shard_size`` bytes, or of one that is larger."""
+    group: list[Output] = []
+    filled = 0
+    for output in itertools.chain.from_iterable(homes):
+        if group and filled + output.spec.nbytes > shard_size:
+            yield group
+            group, filled = [], 0
+        group.append(output)
+        filled += output.spec.nbytes
+    if group:
+        yield group
 
 
 def compiled(shard: OutputShard, source: Checkpoint, reader: ShardReader) -> ShardPlan:
@@ -66,7 +97,7 @@ def compiled(shard: OutputShard, source: Checkpoint, reader: ShardReader) -> Sha
     tensors = tuple(
         PlannedTensor(output.spec, tuple(file_part(part) for part in output.parts)) for output in shard.outputs
     )
-    return ShardPlan(shard.name, tensors, shard.metadata)
+    return ShardPlan(shard.name, tensors, shard.metadata, shard.equals)
 
 
 def bytes_of(part: Part, source: Checkpoint, reader: ShardReader) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moesurgeon.checkpoint import install
 from moesurgeon.checkpoint.staging import refuse_unusable, staged
 from moesurgeon.errors import OutputError, UsageError
 
@@ -85,6 +86,7 @@ def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path, monkeypa
         return real(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(install, "exchanged", lambda *folders: False)
     with pytest.raises(OutputError, match=os.strerror(errno.EIO)):
         _write(tmp_path / "out", overwrite=True)
     assert _listing(tmp_path) == {"out/file": "old"}
@@ -93,7 +95,7 @@ def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path, monkeypa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from moesurgeon.checkpoint import staging
+from moesurgeon.checkpoint import install, staging
 target, moment = Path(sys.argv[1]), sys.argv[2]
 real = Path.rename
 
@@ -103,6 +105,7 @@ def rename(path, other):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Path.rename = rename
+install.exchanged = lambda *folders: False  # as on a file system that cannot swap
 with staging.staged(target, overwrite=True) as folder:
     (folder / "file").write_text("half of it")
     if moment == "while writing":

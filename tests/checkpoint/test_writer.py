@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -79,22 +79,41 @@ def test_a_way_that_gives_up_half_way_is_continued_by_the_next(tmp_path: Path, m
 
     monkeypatch.setattr(os, "copy_file_range", short)
     with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("wb") as target:
-        copy_range(source.fileno(), 5, target.fileno(), 200_000, "source", lambda done: None)
-    assert (tmp_path / "target").read_bytes() == data[5:200_005]
+        copy_range(source.fileno(), 4096, target.fileno(), 200_000, "source", lambda done: None)
+    assert (tmp_path / "target").read_bytes() == data[4096:204_096]
     assert len(calls) == 3
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_a_real_error_is_no_reason_to_try_another_way(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, code: int
 ) -> None:
     if way == "sendfile":
         monkeypatch.setattr(os, "copy_file_range", _refusing(errno.EXDEV))
     monkeypatch.setattr(os, way, _refusing(code))
-    plan = _whole(checkpoint, ["t0"])
-    with ShardReader(checkpoint) as reader, pytest.raises(OSError, match=os.strerror(code)):
-        write_shard(plan, reader, tmp_path / plan.name, lambda done: None)
+    (tmp_path / "source").write_bytes(bytes(5000))
+    with (
+        (tmp_path / "source").open("rb") as source,
+        (tmp_path / "target").open("wb") as target,
+        pytest.raises(OSError, match=os.strerror(code)),
+    ):
+        copy_range(source.fileno(), 0, target.fileno(), 5000, "source", lambda done: None)
+
+
+@pytest.mark.parametrize("refused", [(), WAYS[:1], WAYS])
+@pytest.mark.parametrize("start", [0, 5, 4096, 5000])
+def test_ranges_are_copied_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: tuple[str, ...], start: int
+) -> None:
+    for way in refused:
+        monkeypatch.setattr(os, way, _refusing(errno.EXDEV))
+    data = os.urandom(3_000_000)
+    (tmp_path / "source").write_bytes(data)
+    with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("wb") as target:
+        for offset in (start, 0):
+            copy_range(source.fileno(), offset, target.fileno(), 2_500_001, "source", lambda done: None)
+    assert (tmp_path / "target").read_bytes() == data[start : start + 2_500_001] + data[:2_500_001]
 
 
 @pytest.mark.parametrize("refused", [(), WAYS[:1], WAYS])
@@ -111,6 +130,7 @@ def test_a_source_that_shrinks_is_noticed(
 
 
 @given(st.permutations(sorted(some_tensors())))
+@settings(deadline=None)  # every example waits for the disk
 def test_the_order_in_a_file_means_nothing(tmp_path_factory: pytest.TempPathFactory, order: list[str]) -> None:
     """Whatever order tensors are written in, the file holds the same tensors, for us and for the library."""
     folder = tmp_path_factory.mktemp("order")

@@ -28,7 +28,7 @@ def test_same_plan(name: str, command: str, layout: list[str], tmp_path: Path, p
     assert f"would write {out}" in shown
     applied = succeeded(*arguments, "--json").json
     assert planned.pop("dry_run") is True and applied.pop("dry_run") is False
-    assert applied.pop("shards") > 0 and applied.pop("linked_shards") == 0
+    assert applied.pop("shards") > 0 and applied.pop("linked_shards") == applied.pop("resumed_shards") == 0
     assert planned == applied
     report = succeeded("inspect", out, "--json").json
     assert report["bytes"] == planned["bytes_after"] and report["problems"] == []

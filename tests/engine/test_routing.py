@@ -42,7 +42,7 @@ def test_choice_and_weights_are_those_of_the_stock_router(family: str, changes: 
     for block in moe_blocks(running(subject), subject.anatomy):
         with torch.no_grad():
             logits_TE, weights_TK, indices_TK = block.router(x_TH)
-        bias = selection_bias(block.router)
+        bias = selection_bias(block)
         assert (bias is not None) == (family == "deepseek_v3")
         scores_TE = routing.scores(logits_TE)
         chosen_TK = routing.choose(scores_TE, bias, subject.anatomy.top_k)
@@ -69,7 +69,7 @@ def test_the_first_choice_is_that_of_the_stock_router_at_top_1(tmp_path: Path) -
             with torch.no_grad():
                 logits_TE, _, _ = block.router(x_TH)
                 _, _, indices = single.router(x_TH)
-            first = routing.choose(routing.scores(logits_TE), selection_bias(block.router), 1)
+            first = routing.choose(routing.scores(logits_TE), selection_bias(block), 1)
             assert torch.equal(first, indices)
 
 

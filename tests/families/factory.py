@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ _DEEPSEEK = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+_GLM = {
+    **{key: _DEEPSEEK[key] for key in ("n_routed_experts", "n_shared_experts", "moe_intermediate_size")},
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "num_key_value_heads": 2},
     "deepseek": {
@@ -53,13 +60,91 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "shared_expert_intermediate_size": 48,
         "mlp_only_layers": [1],
     },
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 8},
+    "flex_olmo": {"num_experts": 8},
+    "glm4_moe": {**_GLM, "head_dim": 16, "num_nextn_predict_layers": 0},
+    "glm4_moe_lite": {
+        **{key: value for key, value in {**_DEEPSEEK, **_GLM}.items() if key != "first_k_dense_replace"},
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    },
+    "dots1": {**_GLM},
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 32,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
+    },
+    "minimax_m2": {"num_local_experts": 8, "head_dim": 16, "rotary_dim": 8},
+    "jamba": {
+        "num_experts": 8,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+    },
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "head_dim": 16},
+    "lfm2_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 32,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    },
+    "phimoe": {"num_local_experts": 8},
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "granitemoe": {"num_local_experts": 8, "logits_scaling": 2.0},
+    "granitemoeshared": {"num_local_experts": 8, "shared_intermediate_size": 48},
+    "llama4_text": {
+        "num_local_experts": 8,
+        "intermediate_size_mlp": 80,
+        "interleave_moe_layer_step": 2,
+        "head_dim": 16,
+    },
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 4,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2},
+    },
+    "deepseek_v4": {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 32,
+        "head_dim": 32,
+        "q_lora_rank": 32,
+        "o_lora_rank": 16,
+        "o_groups": 2,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "qk_rope_head_dim": 8,
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+        "num_nextn_predict_layers": 0,
+    },
 }
+# Every family in the layout that its checkpoints are published in, the relatives of one included.
+MODEL_TYPES = tuple(FAMILIES)
+
+
+_ROUTERS = re.compile(r"\.(gate|wg|router|router\.layer)\.(weight|bias)$|e_score_correction_bias$|expert_bias$")
 
 
 def stock_config(model_type: str, **overrides: Any) -> Any:
     import moesurgeon.engine.deepseek_v1  # noqa: F401 - registers "deepseek" with the Auto classes
 
-    return AutoConfig.for_model(model_type, **{**COMMON, **FAMILIES[model_type], **overrides})
+    common: Mapping[str, Any] = COMMON
+    if model_type == "dbrx":  # has names of its own, and takes no other
+        common = {"vocab_size": COMMON["vocab_size"], "initializer_range": COMMON["initializer_range"]}
+    return AutoConfig.for_model(model_type, **{**common, **FAMILIES[model_type], **overrides})
 
 
 def random_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -68,8 +153,14 @@ def random_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrained
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(stock_config(model_type, **overrides), dtype=torch.float32)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith((".gate.weight", "e_score_correction_bias")):
+            if re.search(
+                r"\.(gate|wg|router|router\.layer)\.(weight|bias)$|e_score_correction_bias$|expert_bias$", name
+            ):
                 tensor.data.normal_(std=0.3)
+            elif name.endswith("_proj_bias"):
+                tensor.data.normal_(std=0.1)
+            elif name.endswith("tid2eid"):  # two of experts 0 to 5: 6 and 7 are used by no token
+                tensor.data.copy_(torch.stack([torch.randperm(6)[:2] for _ in range(len(tensor))]))
     return model.eval()
 
 
@@ -86,9 +177,22 @@ def save_checkpoint(
     """Save a random model as stock transformers does, in shards; with ``mtp`` one more layer behind the last."""
     model = random_model(model_type, seed, **overrides).to(dtype)
     model.save_pretrained(folder, save_original_format=not fused, max_shard_size="300KB")
+    if model_type == "deepseek_v4":
+        _rename(folder)
     if mtp:
         _add_mtp_layer(folder, model.config.num_hidden_layers)
     return folder
+
+
+def _rename(folder: Path) -> None:
+    """Give a DeepSeek-V4 checkpoint the hub's names; transformers 5.23 writes ``model.`` in front of most."""
+    tensors = {
+        name.removeprefix("model.").replace("embed_tokens.", "embed."): tensor
+        for name, tensor in load_tensors(folder).items()
+    }
+    for path in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
+        path.unlink(missing_ok=True)
+    save_tensors(folder, config_of(folder), tensors)
 
 
 def save_tensors(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Path:

@@ -50,11 +50,20 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 
 
 def routers_of(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Return the routers by layer: what is called ``gate`` and has a top-k."""
+    """Return the routers by layer: what is called ``gate`` or ``router`` and has a top-k."""
     return {
         int(name.split(".")[2]): module
         for name, module in model.named_modules()
-        if name.endswith(".gate") and hasattr(module, "top_k")
+        if name.endswith((".gate", ".router")) and hasattr(module, "top_k")
+    }
+
+
+def selection_biases_of(model: PreTrainedModel) -> dict[int, torch.Tensor]:
+    """Return by layer the bias that takes part in the choice only, wherever the family keeps it."""
+    return {
+        int(name.split(".")[2]): tensor
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if name.endswith(("e_score_correction_bias", "expert_bias"))
     }
 
 
@@ -83,8 +92,9 @@ class _ExpertByExpert(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.mask is not None and func is F.linear:
             self.products += 1
-            hidden_TH, weight_EH = args
-            return (hidden_TH[:, None, :] * weight_EH[None]).sum(-1) + self.mask
+            hidden_TH, weight_EH, bias_E = [*args, None][:3]
+            logits_TE = (hidden_TH.flatten(0, -2)[:, None, :] * weight_EH[None]).sum(-1)
+            return (logits_TE if bias_E is None else logits_TE + bias_E) + self.mask
         if self.mask is not None and func in (F.softmax, torch.softmax, torch.Tensor.softmax):
             return torch.tensor([_softmax(row) for row in args[0].tolist()], dtype=torch.float32)
         return func(*args, **kwargs)
@@ -104,12 +114,13 @@ def _masked(model: PreTrainedModel, dropped: Dropped, mode: _ExpertByExpert) -> 
     masked as well, else a dropped expert with a large bias would be chosen with weight 0.
     """
     hooks = []
+    biases = selection_biases_of(model)
     for layer, router in routers_of(model).items():
         gone = list(dropped.get(layer, ()))
-        mask = torch.zeros(router.weight.shape[0])
+        mask = torch.zeros(next(router.parameters()).shape[0])
         mask[gone] = -math.inf
-        if hasattr(router, "e_score_correction_bias"):
-            router.e_score_correction_bias[gone] = -math.inf
+        if layer in biases:
+            biases[layer].data[..., gone] = -math.inf
 
         def start(_module: nn.Module, _inputs: Any, mask: torch.Tensor = mask) -> None:
             mode.mask = mask

@@ -575,6 +575,6 @@ def test_a_selection_bias_takes_part_in_the_balancing_loss(tmp_path: Path) -> No
     (block,) = moe_blocks(model, subject.anatomy)
     routing = routing_of(subject.anatomy)
     scores = routing.scores(routed[0].logits.detach())
-    chosen = routing.choose(scores, selection_bias(block.router), subject.anatomy.top_k)
+    chosen = routing.choose(scores, selection_bias(block), subject.anatomy.top_k)
     assert torch.equal(routed[0].chosen, chosen)
     assert not torch.equal(routed[0].chosen, routing.choose(scores, None, subject.anatomy.top_k))

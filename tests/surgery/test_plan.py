@@ -262,3 +262,25 @@ def test_a_summary_counts_what_happens() -> None:
         "bytes": sum(spec.nbytes for spec in SOURCE.values()) - SOURCE["norm"].nbytes - 32,
         "operations": [{"operation": "prune"}],
     }
+
+
+def test_what_an_added_tensor_lies_beside_can_be_dropped_later() -> None:
+    """It says where the new one is stored, not what it is made of: the drop must be told, and be legal."""
+    extra = TensorSpec("extra", "U8", (2,))
+    first = EditPlan({**_identity(), "extra": edits.add(extra, lambda: b"xy", beside="norm")})
+    first.check(SOURCE)
+    table = _specs(first)
+    kept = {name: edits.copy(spec) for name, spec in table.items() if name != "norm"}
+    more = edits.add(TensorSpec("more", "U8", (1,)), lambda: b"z", beside="extra")
+    both = compose(first, EditPlan({**kept, "more": more}, {"norm": "not needed"}))
+    assert both.dropped == {"norm": "not needed"}
+    both.check(SOURCE)
+    assert [both.outputs[name].home for name in ("extra", "more")] == ["norm", "norm"]
+    gone = compose(first, EditPlan({name: edits.copy(SOURCE[name]) for name in SOURCE}, {"extra": "not wanted"}))
+    assert gone.dropped == {} and gone.outputs.keys() == SOURCE.keys()
+    gone.check(SOURCE)
+    alone = EditPlan({**kept, "extra": edits.add(extra, lambda: b"xy", beside="norm")})
+    with pytest.raises(CheckpointError, match="'norm' is forgotten"):
+        alone.check(SOURCE)
+    with pytest.raises(CheckpointError, match="'nowhere' is unknown"):
+        EditPlan({**_identity(), "extra": edits.add(extra, lambda: b"xy", beside="nowhere")}).check(SOURCE)

@@ -1,5 +1,6 @@
 """``verify`` proves a result against its source: bytes, config, and the record of what was done."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from moesurgeon.checkpoint.open import open_checkpoint
+from moesurgeon.checkpoint.reader import ShardReader
 from moesurgeon.errors import CheckpointError, InputError, MoeSurgeonError, OutputError
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.verify import verify
@@ -96,7 +99,79 @@ def test_one_flipped_bit_anywhere_in_a_kept_tensor_is_found(
         file.write(bytes([byte ^ 1]))
     with pytest.raises(OutputError, match=f"{name} differs from"):
         verify(str(folder), str(source.root))
-    assert verify(str(folder))["tensors"] == len(before.anatomy.tensors)  # headers alone cannot tell
+    clean = verify(str(pruned), full=True)["hashes"]
+    if where != 0.37:  # the fingerprint samples start, middle and end
+        with pytest.raises(OutputError, match="a tensor was changed after"):
+            verify(str(folder), full=True)
+        return
+    found = verify(str(folder), full=True)["hashes"]
+    assert {key for key in clean if clean[key] != found[key]} == {name}
+    _forge(folder, lambda record: _with_hashes(record, clean))
+    with pytest.raises(OutputError, match=f"{name}' is not what"):
+        verify(str(folder), full=True)
+    _forge(folder, lambda record: _with_hashes(record, found))
+    assert verify(str(folder), full=True)["hashes_compared"] == len(found)
+
+
+def _with_hashes(record: Any, hashes: dict[str, str]) -> Any:
+    record["history"][-1]["result"]["hashes"] = hashes
+    return record
+
+
+def test_hashes_are_of_the_bytes_of_each_tensor(pruned: Path) -> None:
+    checkpoint = open_checkpoint(pruned)
+    with ShardReader(checkpoint) as reader:
+        raw = {name: reader.read(tensor) for name, tensor in checkpoint.tensors.items()}
+    expected = {name: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
+    report = verify(str(pruned), full=True)
+    assert report["hashes"] == expected and report["hashes_compared"] == 0
+    assert "hashes" not in verify(str(pruned))
+
+
+@pytest.mark.parametrize("stated", [1, "many", -1, 10**30])
+def test_an_index_with_another_size_does_not_verify(pruned: Path, tmp_path: Path, stated: object) -> None:
+    folder = _copied(pruned, tmp_path / "out")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "metadata": {"total_size": stated}}))
+    with pytest.raises(OutputError, match="the shards hold"):
+        verify(str(folder))
+    path.write_text(json.dumps({**index, "metadata": {}}))
+    verify(str(folder))
+
+
+def test_an_edited_result_or_record_is_found_without_the_source(pruned: Path, tmp_path: Path) -> None:
+    def last(record: Any) -> Any:
+        return record["history"][-1]
+
+    def no_result(record: Any) -> Any:
+        del last(record)["result"]
+        return record
+
+    def other_count(record: Any) -> Any:
+        last(record)["operations"][1]["experts"]["after"] = 5
+        return no_result(record)
+
+    def broken_chain(record: Any) -> Any:
+        return {**record, "history": [last(record), last(record)]}
+
+    for number, (change, says) in enumerate(
+        (
+            (broken_chain, "do not follow each other"),
+            (other_count, "ends with experts 5, config.json says 4"),
+        )
+    ):
+        folder = _copied(pruned, tmp_path / str(number))
+        _forge(folder, change)
+        with pytest.raises(OutputError, match=says):
+            verify(str(folder))
+    folder = _copied(pruned, tmp_path / "config")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
+    with pytest.raises(OutputError, match="or a tensor was changed"):
+        verify(str(folder))
+    _forge(folder, no_result)  # a record of an earlier version says nothing about it
+    verify(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,17 @@
+"""Hunyuan: one shared MLP, always renormalised, experts per token as a number or a list of one per layer."""
+
+from moesurgeon.families.description import Family
+from moesurgeon.families.rules import RouterRule
+from moesurgeon.families.stored import both_layouts
+
+HUNYUAN_V1_MOE = Family(
+    name="hunyuan_v1_moe",
+    title="Hunyuan",
+    model_types=("hunyuan_v1_moe",),
+    experts_keys=("num_experts", "num_local_experts"),
+    top_k_keys=("moe_topk", "num_experts_per_tok"),
+    expert_width_key="intermediate_size",
+    router=RouterRule(scoring="softmax", renormalise=True),
+    layouts=both_layouts({"{block}.gate.wg.weight": 0}, shared="{block}.shared_mlp."),
+    not_run="its router is a layer inside the gate, which moesurgeon cannot train yet",
+)

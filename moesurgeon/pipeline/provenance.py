@@ -1,0 +1,73 @@
+"""What ``moesurgeon.json`` says of a checkpoint, and whether the checkpoint is still that one.
+
+The file is untrusted: it may be missing, damaged, or belong to another checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moesurgeon.checkpoint.open import PROVENANCE_NAME, read_json_file
+from moesurgeon.errors import CheckpointError, OutputError
+from moesurgeon.pipeline.subject import Subject
+
+Step = Mapping[str, Any]
+
+
+def history_of(subject: Subject) -> Sequence[Step]:
+    """Return the steps that ``moesurgeon.json`` records; none if the checkpoint was never edited."""
+    if not (subject.root / PROVENANCE_NAME).exists():
+        return []
+    history = read_json_file(subject.root, PROVENANCE_NAME).get("history")
+    if not isinstance(history, list) or not all(
+        isinstance(step, dict)
+        and isinstance(step.get("source"), dict)
+        and isinstance(step.get("result", {}), dict)
+        and isinstance(step.get("operations"), list)
+        for step in history
+    ):
+        raise CheckpointError(f"{PROVENANCE_NAME} holds no history; it was changed by hand or belongs elsewhere")
+    return history
+
+
+def refuse_inconsistent(subject: Subject, history: Sequence[Step]) -> None:
+    """Raise OutputError unless each step begins with what the one before it made, and the last made ``subject``.
+
+    Fingerprints cover the config and samples of every tensor; records of earlier versions lack the
+    result's, so that the counts in the operations are held against the config as well.
+    """
+    for before, after in itertools.pairwise(history):
+        made = before.get("result", {}).get("fingerprint")
+        if made is not None and made != after["source"].get("fingerprint"):
+            raise OutputError(
+                f"{subject.name} does not verify: the steps in {PROVENANCE_NAME} do not follow each other"
+            )
+    operations = [operation for step in history for operation in step["operations"] if isinstance(operation, dict)]
+    for verb, what, now in (
+        ("retop", "top_k", subject.anatomy.top_k),
+        ("prune", "experts", subject.anatomy.experts),
+    ):
+        counts = [operation.get(what) for operation in operations if operation.get("operation") == verb]
+        if counts and isinstance(counts[-1], dict) and counts[-1].get("after") != now:
+            raise OutputError(
+                f"{subject.name} does not verify: {PROVENANCE_NAME} ends with {what} {counts[-1].get('after')!r}, "
+                f"config.json says {now}"
+            )
+    made = history[-1].get("result", {}).get("fingerprint") if history else None
+    if made is not None and made != subject.fingerprint:
+        raise OutputError(
+            f"{subject.name} does not verify: config.json or a tensor was changed after {PROVENANCE_NAME} was written"
+        )
+
+
+def refuse_other_hashes(subject: Subject, history: Sequence[Step], hashes: Mapping[str, str]) -> int:
+    """Return how many of ``hashes`` the last step of the record holds as well; OutputError if one differs."""
+    recorded = history[-1].get("result", {}).get("hashes", {}) if history else {}
+    if not isinstance(recorded, dict):
+        raise CheckpointError(f"{PROVENANCE_NAME} holds hashes that are no map of tensors; it was changed by hand")
+    for name, recorded_hash in recorded.items():
+        if hashes.get(name) != recorded_hash:
+            raise OutputError(f"{subject.name} does not verify: {name!r} is not what {PROVENANCE_NAME} has the hash of")
+    return len(recorded)

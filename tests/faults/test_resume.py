@@ -1,0 +1,189 @@
+"""The same command takes over what a killed or failed run has finished; no other command does."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesurgeon.checkpoint import resume
+from moesurgeon.checkpoint.writer import ShardPlan
+from moesurgeon.cli.output import answer
+from moesurgeon.errors import OutputError
+from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.surgery import edits
+from moesurgeon.surgery.apply import apply
+from moesurgeon.surgery.plan import EditPlan
+from moesurgeon.surgery.prune import plan_prune
+from tests.faults.forked import ended, forked, kill_at
+from tests.faults.synthetic import hashes
+
+STAGING = ".out.moesurgeon"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _killed_after(shards: int, work: Callable[[], object]) -> None:
+    def die() -> None:
+        kill_at(resume, "write_shard", shards + 1)()
+        work()
+
+    assert ended(forked(die)) == -9
+
+
+def test_finished_shards_are_taken_over(
+    source: Subject, plan: EditPlan, clean: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = partial(apply, plan, source.checkpoint, tmp_path / "out")
+    _killed_after(3, work)
+    assert _names(tmp_path) == [".out.moesurgeon", ".out.moesurgeon.lock"]
+    again: list[str] = []
+    real = resume.write_shard
+
+    def counted(shard: ShardPlan, *rest: object) -> None:
+        again.append(shard.name)
+        real(shard, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(resume, "write_shard", counted)
+    written = work()
+    assert (written.resumed, written.shards) == (3, 6)
+    assert again == [f"model-{number:05d}-of-00006.safetensors" for number in (4, 5, 6)]
+    assert hashes(tmp_path / "out") == clean
+
+
+@pytest.mark.parametrize("damage", ["truncated", "longer", "header", "empty", "link"])
+def test_a_damaged_shard_is_written_again(
+    source: Subject, plan: EditPlan, clean: dict[str, str], tmp_path: Path, damage: str
+) -> None:
+    work = partial(apply, plan, source.checkpoint, tmp_path / "out")
+    _killed_after(3, work)
+    shard = tmp_path / ".out.moesurgeon" / "model-00002-of-00006.safetensors"
+    raw = shard.read_bytes()
+    shard.unlink()
+    if damage == "link":
+        shard.hardlink_to(source.checkpoint.path_of(shard.name))
+    else:
+        shard.write_bytes(
+            {"truncated": raw[:-1], "longer": raw + b"x", "header": raw[:50] + b"X" + raw[51:], "empty": b""}[damage]
+        )
+    assert work().resumed == 2
+    assert hashes(tmp_path / "out") == clean
+
+
+def _other_plan(subject: Subject, plan: EditPlan) -> dict[str, Any]:
+    kept = dict.fromkeys(subject.anatomy.routed_layers, (0, 1, 2, 3, 4, 5))
+    return {"plan": plan_prune(subject.anatomy, kept)}
+
+
+def _touched(subject: Subject, plan: EditPlan) -> dict[str, Any]:
+    path = subject.checkpoint.path_of("model-00006-of-00006.safetensors")
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    return {}
+
+
+def _edited(subject: Subject, plan: EditPlan) -> dict[str, Any]:
+    config = subject.root / "config.json"
+    config.write_text(config.read_text().replace("{", '{"note": 1, ', 1))
+    return {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_other_plan, _touched, _edited, lambda *_: {"shard_size": 10**7}, lambda *_: {"link": True}],
+    ids=["plan", "source", "config", "shard size", "link"],
+)
+def test_another_command_takes_nothing_over(
+    source: Subject, plan: EditPlan, tmp_path: Path, change: Callable[..., dict[str, Any]]
+) -> None:
+    shutil.copytree(source.root, tmp_path / "source", copy_function=shutil.copy2)
+    own = open_subject(str(tmp_path / "source"))
+    _killed_after(3, partial(apply, plan, own.checkpoint, tmp_path / "out"))
+    options = {"plan": plan, "target": tmp_path / "out", **change(own, plan)}
+    own = open_subject(str(tmp_path / "source"))
+    assert apply(source=own.checkpoint, **options).resumed == 0
+    apply(source=own.checkpoint, **{**options, "target": tmp_path / "clean"})
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "clean")
+    assert _names(tmp_path) == ["clean", "out", "source"]
+
+
+def test_bytes_made_anew_are_always_made_again(source: Subject, tmp_path: Path) -> None:
+    """The digest does not know them: another training may have given other routers to the same plan."""
+
+    def planned(byte: bytes) -> EditPlan:
+        outputs = {name: edits.copy(spec) for name, spec in source.anatomy.tensors.items()}
+        name = source.anatomy.router_weight(0)
+        spec = source.anatomy.tensors[name]
+        outputs[name] = edits.replace(spec, lambda: byte * spec.nbytes)
+        return EditPlan(outputs)
+
+    _killed_after(3, partial(apply, planned(b"a"), source.checkpoint, tmp_path / "out"))
+    assert apply(planned(b"b"), source.checkpoint, tmp_path / "out").resumed == 2  # not the one with the router
+    apply(planned(b"b"), source.checkpoint, tmp_path / "clean")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "clean")
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    source: Subject, plan: EditPlan, clean: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.preadv, []
+
+    def filling(*arguments: Any, **options: Any) -> int:
+        calls.append(1)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, "full")
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", filling)
+        with pytest.raises(OutputError, match=r"free space, then the same command goes on from the \d finished"):
+            apply(plan, source.checkpoint, tmp_path / "out")
+    assert _names(tmp_path) == [STAGING]
+    assert apply(plan, source.checkpoint, tmp_path / "out").resumed > 0
+    assert hashes(tmp_path / "out") == clean
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    source: Subject,
+    plan: EditPlan,
+    clean: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = resume.write_shard
+
+    def interrupted(shard: ShardPlan, *rest: Any) -> None:
+        if shard.name.startswith("model-00004"):
+            raise KeyboardInterrupt
+        real(shard, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "write_shard", interrupted)
+        with pytest.raises(BaseException) as ended_with:
+            answer(False, lambda progress: apply(plan, source.checkpoint, tmp_path / "out"), print)  # type: ignore[arg-type,return-value]
+    assert getattr(ended_with.value, "exit_code", None) == 130
+    told = capsys.readouterr().err
+    assert told.startswith("moesurgeon: interrupted; the same command goes on from the 3 finished shards in ")
+    assert len(told.splitlines()) == 1
+    assert _names(tmp_path) == [STAGING]
+    assert apply(plan, source.checkpoint, tmp_path / "out").resumed == 3
+    assert hashes(tmp_path / "out") == clean
+
+
+def test_a_write_that_does_not_verify_is_not_taken_over(
+    source: Subject, plan: EditPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shards have right headers and sizes, but are known to be wrong."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", lambda source, buffers, offset: len(buffers[0]))  # what was in the buffer
+        with pytest.raises(OutputError, match="differs from its source"):
+            apply(plan, source.checkpoint, tmp_path / "out")
+    assert _names(tmp_path) == []
