@@ -1,9 +1,9 @@
 """Taking over the shards that a killed or failed run has finished.
 
-A staging folder holds a small state file with a digest of the source and of every byte range that
-goes into the result. A run with the same digest keeps the finished shards of the one before it;
-with any other the folder is cleared. A shard under its own name is finished: it is written as
-``.part``, flushed, and only then renamed.
+A staging folder holds a small state file with a digest of the source, of every byte range that goes
+into the result, and of the keys of bytes made anew. A run with the same digest keeps the finished
+shards of the one before it; with any other the folder is cleared. A shard under its own name is
+finished: it is written as ``.part``, flushed, and only then renamed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def digest_of(plans: Iterable[ShardPlan], source: Checkpoint, fingerprint: str, 
     """Return a hash of what is written and of the source as it was when it was opened.
 
     ``link``: whether shards are linked, which keeps the headers that the source has. New bytes are not
-    made for it, so they take no part: see :func:`is_repeatable`.
+    made for it: their keys take part.
     """
     digest = hashlib.sha256()
     states = {shard: header.state for shard, header in source.headers.items()}
@@ -39,16 +39,11 @@ def digest_of(plans: Iterable[ShardPlan], source: Checkpoint, fingerprint: str, 
         _update(digest, [plan.name, dict(plan.metadata)])
         for tensor in plan.tensors:
             parts = [
-                [part.shard, part.offset, part.length] if isinstance(part, FileRange) else part.length
+                [part.shard, part.offset, part.length] if isinstance(part, FileRange) else [part.key, part.length]
                 for part in tensor.parts
             ]
             _update(digest, [tensor.spec.name, tensor.spec.dtype, tensor.spec.shape, parts])
     return digest.hexdigest()
-
-
-def is_repeatable(plan: ShardPlan) -> bool:
-    """Whether the digest tells every byte of a shard: it has only ranges of the source."""
-    return all(isinstance(part, FileRange) for tensor in plan.tensors for part in tensor.parts)
 
 
 def open_staging(staging: Path, digest: str | None) -> None:
@@ -79,9 +74,9 @@ def finished_shards(staging: Path) -> int:
 
 
 def is_finished(plan: ShardPlan, staging: Path, reader: ShardReader) -> bool:
-    """Whether the shard of ``plan`` can be taken over: all its bytes are known, header and size are right."""
+    """Whether the shard of ``plan`` can be taken over: header and size are right, and the digest knew the rest."""
     path = staging / plan.name
-    if not is_repeatable(plan) or not path.is_file() or not _is_own(path):
+    if not path.is_file() or not _is_own(path):
         return False
     header, size = beginning(plan, reader)
     if path.stat().st_size != size:

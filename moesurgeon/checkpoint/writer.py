@@ -7,6 +7,7 @@ can), then ``sendfile``, then plain reads and writes, whichever the file systems
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,10 +39,15 @@ class FileRange:
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """``length`` new bytes, made by ``load`` when they are written and not kept."""
+    """``length`` new bytes, made by ``load`` when they are written and not kept.
+
+    ``key`` says which bytes they are without making them, so that a later run knows its own: what has the
+    same key (and length, and source) must have the same bytes. For bytes in memory: :func:`content_key`.
+    """
 
     length: int
     load: Callable[[], bytes]
+    key: str
 
 
 Part = FileRange | Fresh
@@ -95,6 +101,11 @@ def write_shard(plan: ShardPlan, reader: ShardReader, path: Path, advance: Advan
         os.fsync(target)
     finally:
         os.close(target)
+
+
+def content_key(data: bytes) -> str:
+    """Return the key of bytes that no rule makes again: their hash."""
+    return f"sha256 {hashlib.sha256(data).hexdigest()}"
 
 
 def beginning(plan: ShardPlan, reader: ShardReader) -> tuple[bytes, int]:

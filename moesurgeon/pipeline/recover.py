@@ -11,6 +11,7 @@ import torch
 
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.checkpoint.open import CONFIG_NAME
+from moesurgeon.checkpoint.writer import content_key
 from moesurgeon.engine.device import place
 from moesurgeon.engine.model import load_model
 from moesurgeon.errors import CheckpointError, NothingToDo, UsageError
@@ -127,7 +128,8 @@ def plan_routers(subject: Subject, recovered: Recovered, spec: RecoverSpec, orig
     for layer, weight in recovered.routers.items():
         name = subject.anatomy.router_weight(layer)
         stored = subject.anatomy.tensors[name]
-        outputs[name] = edits.replace(stored, partial(tensor_bytes, weight, stored))
+        load = partial(tensor_bytes, weight, stored)
+        outputs[name] = edits.replace(stored, load, key=content_key(load()))
     record = {
         "operation": "recover",
         "replaced": [subject.anatomy.router_weight(layer) for layer in recovered.routers],

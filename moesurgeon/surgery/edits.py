@@ -30,12 +30,23 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Pure:
+    """A function of bytes and nothing else. ``key`` names it with all its parameters: same key, same result."""
+
+    key: str
+    function: Callable[[bytes], bytes]
+
+    def __call__(self, data: bytes) -> bytes:
+        return self.function(data)
+
+
+@dataclass(frozen=True, slots=True)
 class Derived:
     """``length`` bytes that ``function`` makes of the joined bytes of ``parts``."""
 
     length: int
     parts: tuple[Part, ...]
-    function: Callable[[bytes], bytes]
+    function: Pure
 
 
 Part = Slice | Fresh | Derived
@@ -97,23 +108,23 @@ def select(spec: TensorSpec, axis: int, kept: Sequence[int], *, rows: int = 1) -
     return Output(TensorSpec(spec.name, spec.dtype, shape), parts, "select", (spec.name,))
 
 
-def replace(spec: TensorSpec, load: Callable[[], bytes]) -> Output:
-    """New bytes of the same dtype and shape, made by ``load`` when they are written."""
-    return Output(spec, (Fresh(spec.nbytes, load),), "replace", (spec.name,))
+def replace(spec: TensorSpec, load: Callable[[], bytes], *, key: str) -> Output:
+    """New bytes of the same dtype and shape, made by ``load`` when they are written; ``key`` as in Fresh."""
+    return Output(spec, (Fresh(spec.nbytes, load, key),), "replace", (spec.name,))
 
 
-def transform(spec: TensorSpec, function: Callable[[bytes], bytes]) -> Output:
+def transform(spec: TensorSpec, function: Pure) -> Output:
     """The tensor's own bytes passed through ``function``, which keeps their number."""
     whole = Slice(spec.name, 0, spec.nbytes)
     return Output(spec, (Derived(spec.nbytes, (whole,), function),), "transform", (spec.name,))
 
 
-def add(spec: TensorSpec, load: Callable[[], bytes], *, beside: str) -> Output:
-    """A tensor that the source does not have, stored in the shard of ``beside``.
+def add(spec: TensorSpec, load: Callable[[], bytes], *, key: str, beside: str) -> Output:
+    """A tensor that the source does not have, stored in the shard of ``beside``; ``key`` as in Fresh.
 
     It accounts for no tensor of the source: ``beside`` itself has to be kept or dropped as well.
     """
-    return Output(spec, (Fresh(spec.nbytes, load),), "add", (), beside)
+    return Output(spec, (Fresh(spec.nbytes, load, key),), "add", (), beside)
 
 
 def join(name: str, pieces: Sequence[TensorSpec], shape: tuple[int, ...]) -> Output:

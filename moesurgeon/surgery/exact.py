@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.errors import CheckpointError, UsageError
+from moesurgeon.surgery.edits import Pure
 
 
-def doubled(spec: TensorSpec) -> Callable[[bytes], bytes]:
+def doubled(spec: TensorSpec) -> Pure:
     """Return a function from the bytes of ``spec`` to those of the tensor times two.
 
     Doubling only moves the exponent, so it is exact short of overflow, which the function refuses.
@@ -31,10 +32,10 @@ def doubled(spec: TensorSpec) -> Callable[[bytes], bytes]:
             twice = (twice.view(np.uint32) >> 16).astype(np.uint16)
         return bytes(twice.tobytes())
 
-    return function
+    return Pure(f"doubled {spec.dtype}", function)
 
 
-def renumbered_ids(spec: TensorSpec, numbers: Mapping[int, int]) -> Callable[[bytes], bytes]:
+def renumbered_ids(spec: TensorSpec, numbers: Mapping[int, int]) -> Pure:
     """Return a function from the bytes of a table of expert numbers to those with new ones.
 
     The function raises UsageError if the table names an expert that has no new number.
@@ -55,4 +56,4 @@ def renumbered_ids(spec: TensorSpec, numbers: Mapping[int, int]) -> Callable[[by
         new[list(numbers)] = list(numbers.values())
         return bytes(new[table].tobytes())
 
-    return function
+    return Pure(f"renumbered {spec.dtype} {sorted(numbers.items())}", function)

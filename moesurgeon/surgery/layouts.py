@@ -115,7 +115,7 @@ def _remapped(source: Anatomy, remap: Remap) -> EditPlan:
                 output = edits.transform(spec, doubled(spec))
                 gate = remap.zero_gate.replace("{block}", target.block).replace("{layer}", layer)
                 zeros = TensorSpec(gate, spec.dtype, (1, source.hidden))
-                outputs[gate] = edits.add(zeros, partial(bytes, zeros.nbytes), beside=name)
+                outputs[gate] = edits.add(zeros, partial(bytes, zeros.nbytes), key="zeros", beside=name)
             output = edits.rename(output, name.replace(old, new, 1))
         outputs[output.spec.name] = output
     config = {**values, **dict.fromkeys(removed, REMOVED)}

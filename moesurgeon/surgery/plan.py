@@ -17,7 +17,7 @@ from moesurgeon.checkpoint.writer import Fresh
 from moesurgeon.errors import CheckpointError
 from moesurgeon.families.keys import REMOVED, with_value
 from moesurgeon.surgery.anatomy import Anatomy, examine
-from moesurgeon.surgery.edits import Derived, Output, Part, Slice, copy, rename
+from moesurgeon.surgery.edits import Derived, Output, Part, Pure, Slice, copy, rename
 
 
 @dataclass(frozen=True)
@@ -178,4 +178,5 @@ def _taken(cuts: list[tuple[Part, int, int]]) -> Iterator[Part]:
         yield piece
     else:
         length = sum(high - low for low, high in ranges)
-        yield Derived(length, (piece,), lambda data: b"".join(data[low:high] for low, high in ranges))
+        cut = Pure(f"cut {ranges}", lambda data: b"".join(data[low:high] for low, high in ranges))
+        yield Derived(length, (piece,), cut)

@@ -48,7 +48,7 @@ def _plan_again(source: Anatomy, operation: Mapping[str, Any]) -> EditPlan:
         case "recover":
             outputs = dict(identity(source).outputs)
             for name in operation["replaced"]:
-                outputs[name] = edits.replace(source.tensors[name], _unknown)
+                outputs[name] = edits.replace(source.tensors[name], _unknown, key="not recorded")
             return EditPlan(outputs)
         case other:
             raise ValueError(f"unknown operation {other!r}")

@@ -91,13 +91,22 @@ def compiled(shard: OutputShard, source: Checkpoint, reader: ShardReader) -> Sha
             tensor = source.tensors[part.tensor]
             return FileRange(tensor.shard, tensor.offset + part.start, part.length)
         if isinstance(part, Derived):
-            return Fresh(part.length, lambda: bytes_of(part, source, reader))
+            return Fresh(part.length, lambda: bytes_of(part, source, reader), _key_of(part))
         return part
 
     tensors = tuple(
         PlannedTensor(output.spec, tuple(file_part(part) for part in output.parts)) for output in shard.outputs
     )
     return ShardPlan(shard.name, tensors, shard.metadata, shard.equals)
+
+
+def _key_of(part: Part) -> str:
+    """Return what tells the bytes of ``part`` from others made of the same source."""
+    if isinstance(part, Slice):
+        return f"{part.tensor!r}[{part.start}:{part.stop}]"
+    if isinstance(part, Derived):
+        return f"{part.function.key} of ({', '.join(map(_key_of, part.parts))})"
+    return part.key
 
 
 def bytes_of(part: Part, source: Checkpoint, reader: ShardReader) -> bytes:

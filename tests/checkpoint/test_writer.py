@@ -150,7 +150,7 @@ def test_the_order_in_a_file_means_nothing(tmp_path_factory: pytest.TempPathFact
 
 def test_new_bytes_lie_between_copied_ones(checkpoint: Checkpoint, tmp_path: Path) -> None:
     spec = TensorSpec("mixed", "U8", (40,))
-    parts = (_range(checkpoint, "t0", 0, 10), Fresh(20, lambda: b"\xab" * 20), _range(checkpoint, "t0", 30, 40))
+    parts = (_range(checkpoint, "t0", 0, 10), Fresh(20, lambda: b"\xab" * 20, "ab"), _range(checkpoint, "t0", 30, 40))
     plan = ShardPlan("out.safetensors", (PlannedTensor(spec, parts),), {})
     with ShardReader(checkpoint) as reader:
         write_shard(plan, reader, tmp_path / plan.name, lambda done: None)
@@ -161,7 +161,7 @@ def test_new_bytes_lie_between_copied_ones(checkpoint: Checkpoint, tmp_path: Pat
 
 PARTS = st.lists(
     st.builds(FileRange, st.sampled_from(["a", "b"]), st.integers(0, 12), st.integers(0, 4))
-    | st.integers(0, 3).map(lambda length: Fresh(length, lambda: b"x" * length)),
+    | st.integers(0, 3).map(lambda length: Fresh(length, lambda: b"x" * length, "x")),
     max_size=12,
 )
 

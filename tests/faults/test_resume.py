@@ -13,14 +13,18 @@ from typing import Any
 import pytest
 
 from moesurgeon.checkpoint import resume
-from moesurgeon.checkpoint.writer import ShardPlan
+from moesurgeon.checkpoint.header import TensorSpec
+from moesurgeon.checkpoint.reader import ShardReader
+from moesurgeon.checkpoint.writer import ShardPlan, content_key
 from moesurgeon.cli.output import answer
 from moesurgeon.errors import OutputError
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.apply import apply
-from moesurgeon.surgery.plan import EditPlan
+from moesurgeon.surgery.exact import doubled, renumbered_ids
+from moesurgeon.surgery.plan import EditPlan, compose
 from moesurgeon.surgery.prune import plan_prune
+from moesurgeon.surgery.shards import compiled, plan_shards
 from tests.faults.forked import ended, forked, kill_at
 from tests.faults.synthetic import hashes
 
@@ -114,20 +118,61 @@ def test_another_command_takes_nothing_over(
     assert _names(tmp_path) == ["clean", "out", "source"]
 
 
-def test_bytes_made_anew_are_always_made_again(source: Subject, tmp_path: Path) -> None:
-    """The digest does not know them: another training may have given other routers to the same plan."""
+def _with_router(subject: Subject, byte: bytes) -> EditPlan:
+    """What recovery plans: a router's new bytes, known by their hash; the table of another cut, by its numbers."""
+    outputs = {name: edits.copy(spec) for name, spec in subject.anatomy.tensors.items()}
+    spec = subject.anatomy.tensors[subject.anatomy.router_weight(0)]
+    outputs[spec.name] = edits.replace(spec, lambda: byte * spec.nbytes, key=content_key(byte * spec.nbytes))
+    norm = subject.anatomy.tensors["model.layers.1.input_layernorm.weight"]
+    outputs[norm.name] = edits.transform(norm, doubled(norm))
+    return EditPlan(outputs)
 
-    def planned(byte: bytes) -> EditPlan:
-        outputs = {name: edits.copy(spec) for name, spec in source.anatomy.tensors.items()}
-        name = source.anatomy.router_weight(0)
-        spec = source.anatomy.tensors[name]
-        outputs[name] = edits.replace(spec, lambda: byte * spec.nbytes)
-        return EditPlan(outputs)
 
-    _killed_after(3, partial(apply, planned(b"a"), source.checkpoint, tmp_path / "out"))
-    assert apply(planned(b"b"), source.checkpoint, tmp_path / "out").resumed == 2  # not the one with the router
-    apply(planned(b"b"), source.checkpoint, tmp_path / "clean")
+@pytest.fixture
+def finite(source: Subject, tmp_path: Path) -> Subject:
+    """The source with numbers that can be doubled."""
+    folder = tmp_path / "source"
+    shutil.copytree(source.root, folder)
+    norm = source.checkpoint.tensors["model.layers.1.input_layernorm.weight"]
+    with (folder / norm.shard).open("r+b") as file:
+        file.seek(norm.offset)
+        file.write(bytes(norm.nbytes - 2) + b"\x80\x3f")
+    return open_subject(str(folder))
+
+
+def test_shards_with_bytes_made_anew_are_taken_over(finite: Subject, tmp_path: Path) -> None:
+    """Both kinds, in shards 2 and 3: bytes in memory, and a function of the source's."""
+    work = partial(apply, _with_router(finite, b"a"), finite.checkpoint)
+    _killed_after(3, partial(work, tmp_path / "out"))
+    assert work(tmp_path / "out").resumed == 3
+    work(tmp_path / "clean")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "clean")
+
+
+def test_other_new_bytes_are_another_command(finite: Subject, tmp_path: Path) -> None:
+    """Another training gives other routers to the same plan."""
+    _killed_after(3, partial(apply, _with_router(finite, b"a"), finite.checkpoint, tmp_path / "out"))
+    assert apply(_with_router(finite, b"b"), finite.checkpoint, tmp_path / "out").resumed == 0
+    apply(_with_router(finite, b"b"), finite.checkpoint, tmp_path / "clean")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "clean")
+
+
+def test_a_key_tells_functions_their_parameters_and_what_they_are_made_of(source: Subject) -> None:
+    """Parts of parts too: a cut through something made anew is part of what it is called."""
+    spec = TensorSpec("ids", "I64", (4, 1))
+    keys = [renumbered_ids(spec, numbers).key for numbers in ({0: 0, 1: 1}, {0: 0, 2: 1}, {0: 1, 1: 0})]
+    assert len({*keys, doubled(TensorSpec("w", "F32", (4,))).key, doubled(TensorSpec("w", "BF16", (4,))).key}) == 5
+    first = _with_router(source, b"a")
+    router = first.outputs[source.anatomy.router_weight(0)]
+    digests = set()
+    for kept in ([0, 1, 2], [0, 1, 3], [2, 1, 0]):
+        outputs = {name: edits.copy(output.spec) for name, output in first.outputs.items()}
+        outputs[router.spec.name] = edits.select(router.spec, 0, kept)
+        plan = compose(first, EditPlan(outputs))
+        with ShardReader(source.checkpoint) as reader:
+            shards = [compiled(shard, source.checkpoint, reader) for shard in plan_shards(plan, source.checkpoint)]
+        digests.add(resume.digest_of(shards, source.checkpoint, "", link=False))
+    assert len(digests) == 3
 
 
 def test_a_full_disk_keeps_what_is_finished(

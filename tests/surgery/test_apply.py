@@ -203,7 +203,7 @@ def test_every_tensor_is_aligned_whatever_lies_beside_it(source: Subject, tmp_pa
     for name in list(outputs):
         odd = TensorSpec(f"{name}.odd", "U8", (3,))
         if ".experts." not in name:
-            outputs[odd.name] = edits.add(odd, lambda: b"odd", beside=name)
+            outputs[odd.name] = edits.add(odd, lambda: b"odd", key="odd", beside=name)
     apply(EditPlan(outputs), source.checkpoint, tmp_path / "out")
     tensors = open_checkpoint(tmp_path / "out").tensors
     assert sum(tensor.dtype == "U8" for tensor in tensors.values()) > 10
@@ -263,7 +263,7 @@ def test_new_bytes_are_made_once_and_one_at_a_time(source: Subject, tmp_path: Pa
             made.append(name)
             return bytes(size)
 
-        outputs[spec.name] = edits.replace(spec, load)
+        outputs[spec.name] = edits.replace(spec, load, key="zeros")
     plan = EditPlan(outputs)
     plan = compose(plan, plan_layout(plan.result(source.anatomy), "fused"))
     assert made == []

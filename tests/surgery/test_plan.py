@@ -13,7 +13,7 @@ from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.checkpoint.writer import Fresh
 from moesurgeon.errors import CheckpointError
 from moesurgeon.surgery import edits
-from moesurgeon.surgery.edits import Derived, Output, Part, Slice
+from moesurgeon.surgery.edits import Derived, Output, Part, Pure, Slice
 from moesurgeon.surgery.plan import REMOVED, EditPlan, compose
 
 Table = Mapping[str, TensorSpec]
@@ -48,7 +48,7 @@ def _done(plan: EditPlan, source: Mapping[str, bytes]) -> dict[str, bytes]:
         match part:
             case Slice(tensor, start, stop):
                 return source[tensor][start:stop]
-            case Fresh(_, load):
+            case Fresh(_, load, _):
                 return load()
             case Derived(_, parts, function):
                 return function(b"".join(map(bytes_of, parts)))
@@ -62,8 +62,7 @@ def _specs(plan: EditPlan) -> Table:
     return {name: output.spec for name, output in plan.outputs.items()}
 
 
-def _reversed(data: bytes) -> bytes:
-    return data[::-1]
+_reversed = Pure("reversed", lambda data: data[::-1])
 
 
 @st.composite
@@ -84,10 +83,10 @@ def plans(draw: st.DrawFn, table: Table, tag: str) -> EditPlan:
                 outputs.append(edits.transform(spec, _reversed))
             case "replace":
                 data = draw(st.binary(min_size=spec.nbytes, max_size=spec.nbytes))
-                outputs.append(edits.replace(spec, lambda data=data: data))
+                outputs.append(edits.replace(spec, lambda data=data: data, key=data.hex()))
             case "add":
                 new = TensorSpec(f"{tag}{number}", "U8", (3,))
-                outputs += [edits.copy(spec), edits.add(new, lambda: b"new", beside=name)]
+                outputs += [edits.copy(spec), edits.add(new, lambda: b"new", key="new", beside=name)]
             case "drop":
                 dropped[name] = f"dropped by {tag}"
             case "select":
@@ -191,7 +190,7 @@ def test_what_is_made_anew_is_made_once_however_it_is_cut(kept: list[int]) -> No
         made.append("router")
         return bytes(range(ROUTER.nbytes))
 
-    first = EditPlan({**_identity(), "router": edits.replace(ROUTER, load)})
+    first = EditPlan({**_identity(), "router": edits.replace(ROUTER, load, key="counted")})
     second = EditPlan({**_identity(), "router": edits.select(ROUTER, 0, kept)})
     rows = [bytes(range(ROUTER.nbytes))[row * 6 : row * 6 + 6] for row in kept]
     assert _done(compose(first, second), _bytes(SOURCE))["router"] == b"".join(rows)
@@ -267,11 +266,11 @@ def test_a_summary_counts_what_happens() -> None:
 def test_what_an_added_tensor_lies_beside_can_be_dropped_later() -> None:
     """It says where the new one is stored, not what it is made of: the drop must be told, and be legal."""
     extra = TensorSpec("extra", "U8", (2,))
-    first = EditPlan({**_identity(), "extra": edits.add(extra, lambda: b"xy", beside="norm")})
+    first = EditPlan({**_identity(), "extra": edits.add(extra, lambda: b"xy", key="xy", beside="norm")})
     first.check(SOURCE)
     table = _specs(first)
     kept = {name: edits.copy(spec) for name, spec in table.items() if name != "norm"}
-    more = edits.add(TensorSpec("more", "U8", (1,)), lambda: b"z", beside="extra")
+    more = edits.add(TensorSpec("more", "U8", (1,)), lambda: b"z", key="z", beside="extra")
     both = compose(first, EditPlan({**kept, "more": more}, {"norm": "not needed"}))
     assert both.dropped == {"norm": "not needed"}
     both.check(SOURCE)
@@ -279,8 +278,8 @@ def test_what_an_added_tensor_lies_beside_can_be_dropped_later() -> None:
     gone = compose(first, EditPlan({name: edits.copy(SOURCE[name]) for name in SOURCE}, {"extra": "not wanted"}))
     assert gone.dropped == {} and gone.outputs.keys() == SOURCE.keys()
     gone.check(SOURCE)
-    alone = EditPlan({**kept, "extra": edits.add(extra, lambda: b"xy", beside="norm")})
+    alone = EditPlan({**kept, "extra": edits.add(extra, lambda: b"xy", key="xy", beside="norm")})
     with pytest.raises(CheckpointError, match="'norm' is forgotten"):
         alone.check(SOURCE)
     with pytest.raises(CheckpointError, match="'nowhere' is unknown"):
-        EditPlan({**_identity(), "extra": edits.add(extra, lambda: b"xy", beside="nowhere")}).check(SOURCE)
+        EditPlan({**_identity(), "extra": edits.add(extra, lambda: b"xy", key="xy", beside="nowhere")}).check(SOURCE)

@@ -295,7 +295,7 @@ def _with_new_routers(source: Subject) -> EditPlan:
     names = [source.anatomy.router_weight(layer) for layer in source.anatomy.moe_layers]
     for name in names:
         spec = source.anatomy.tensors[name]
-        outputs[name] = edits.replace(spec, lambda size=spec.nbytes: bytes(size))
+        outputs[name] = edits.replace(spec, lambda size=spec.nbytes: bytes(size), key="zeros")
     return EditPlan(outputs, record=[{"operation": "recover", "replaced": names}])
 
 
@@ -313,7 +313,8 @@ def test_what_lies_beside_replaced_bytes_is_compared(source: Subject, tmp_path: 
     """One expert's matrix replaced and then fused with the others: those still have to be the source's."""
     name = "model.layers.2.mlp.experts.3.down_proj.weight"
     outputs = dict(identity(source.anatomy).outputs)
-    outputs[name] = edits.replace(source.anatomy.tensors[name], lambda: bytes(source.anatomy.tensors[name].nbytes))
+    spec = source.anatomy.tensors[name]
+    outputs[name] = edits.replace(spec, lambda: bytes(spec.nbytes), key="zeros")
     plan = EditPlan(outputs, record=[{"operation": "recover", "replaced": [name]}])
     plan = compose(plan, plan_layout(plan.result(source.anatomy), "fused"))
     apply(plan, source.checkpoint, tmp_path / "out")
