@@ -24,6 +24,8 @@ from moesurgeon.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 # Parsed, a value of two characters takes up to 130 bytes. The largest index that we know has 140,000 entries.
 _MAX_VALUES = 4_000_000
+# What file systems share as a whole.
+BLOCK = 4096
 # The limit of torch and numpy; it bounds the product of the sizes, too.
 MAX_DIMENSIONS = 64
 
@@ -112,10 +114,11 @@ def read_header(path: Path, shard: str) -> Header:
     return Header(tuple(tensors), metadata, state)
 
 
-def build_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+def build_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str], place: int | None = None) -> bytes:
     """Return length prefix and JSON for ``tensors`` laid out one after the other in this order.
 
-    Padded with spaces to a multiple of 8 bytes, so that the data is aligned.
+    Padded with spaces to a multiple of 8 bytes, so that the data is aligned; given ``place`` (a multiple of 8),
+    until the data begins there within a block.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -127,7 +130,7 @@ def build_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> 
             "data_offsets": [begin, end],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8 if place is None else (place - 8 - len(text)) % BLOCK)
     return struct.pack("<Q", len(text)) + text
 
 

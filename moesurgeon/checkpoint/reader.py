@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from types import TracebackType
 from typing import Self
 
@@ -14,11 +15,12 @@ from moesurgeon.errors import CheckpointError
 
 
 class ShardReader:
-    """Open shards of a checkpoint, closed together. Not for several threads at once."""
+    """Open shards of a checkpoint, closed together. For several threads, which may all read at once."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._files: dict[str, int] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -35,13 +37,22 @@ class ShardReader:
 
         Raises CheckpointError if the file is not the one any more whose header was read.
         """
-        if shard not in self._files:
-            try:
-                self._files[shard] = os.open(self._checkpoint.path_of(shard), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError as error:
-                raise _changed(shard, "went away") from error
-            _refuse_changed(self._checkpoint, shard, os.fstat(self._files[shard]))
-        return self._files[shard]
+        file = self._files.get(shard)
+        if file is not None:
+            return file
+        with self._opening:
+            if shard not in self._files:  # another thread may have been first
+                try:
+                    file = os.open(self._checkpoint.path_of(shard), os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError as error:
+                    raise _changed(shard, "went away") from error
+                try:
+                    _refuse_changed(self._checkpoint, shard, os.fstat(file))
+                except CheckpointError:
+                    os.close(file)
+                    raise
+                self._files[shard] = file
+            return self._files[shard]
 
     def read(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> bytes:
         """Return bytes ``start`` to ``stop`` (default: all) of ``tensor``.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,14 +64,14 @@ def open_staging(staging: Path, digest: str | None) -> None:
         sync(staging)
 
 
-def finished_shards(staging: Path) -> int:
-    """Return how many shards a further run could take over."""
+def finished_shards(staging: Path) -> frozenset[Path]:
+    """Return the shards that a further run could take over: they are flushed, and will not be written to again."""
     try:
         if not (staging / STATE_NAME).is_file():
-            return 0
-        return sum(1 for path in staging.glob(_SHARDS) if _is_own(path))
+            return frozenset()
+        return frozenset(path for path in staging.glob(_SHARDS) if _is_own(path))
     except OSError:  # asked after something failed: a folder that cannot be read holds nothing to take over
-        return 0
+        return frozenset()
 
 
 def is_finished(plan: ShardPlan, staging: Path, reader: ShardReader) -> bool:
@@ -87,8 +88,9 @@ def is_finished(plan: ShardPlan, staging: Path, reader: ShardReader) -> bool:
 
 def write_finished(plan: ShardPlan, reader: ShardReader, staging: Path, advance: Advance) -> None:
     """Write the shard of ``plan`` into ``staging``, where it gets its name once it is flushed."""
-    write_shard(plan, reader, staging / _PART, advance)
-    (staging / _PART).rename(staging / plan.name)
+    part = staging / f"{_PART}{threading.get_ident()}"  # several are written at once
+    write_shard(plan, reader, part, advance)
+    part.rename(staging / plan.name)
 
 
 def discard_state(staging: Path) -> None:

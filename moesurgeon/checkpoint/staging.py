@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,11 +63,11 @@ def _staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...], digest:
         try:
             open_staging(staging, digest)
             yield staging
-            sync_tree(staging)
+            sync_tree(staging, besides=finished_shards(staging))
             discard_state(staging)
             install(staging, target)
         except (OSError, KeyboardInterrupt):
-            resumable = finished_shards(staging) > 0
+            resumable = bool(finished_shards(staging))
             raise
         finally:
             if not resumable:
@@ -105,10 +105,11 @@ def _refuse(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None
         raise OutputError(f"{parent} may not be written to; choose another folder")
 
 
-def sync_tree(folder: Path) -> None:
-    """Flush the files of ``folder`` and the folders themselves to the disk."""
+def sync_tree(folder: Path, *, besides: Set[Path] = frozenset()) -> None:
+    """Flush the files of ``folder``, ``besides`` those that are already, and the folders themselves to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        sync(path)
+        if path not in besides:
+            sync(path)
 
 
 def _is_in(inner: Path, outer: Path) -> bool:
@@ -124,7 +125,7 @@ def _staging(target: Path) -> Path:
 def _waiting(target: Path) -> str:
     """Say what a further run can take over; nothing if there is nothing."""
     staging = _staging(target)
-    count = finished_shards(staging)
+    count = len(finished_shards(staging))
     return f"the same command goes on from the {count} finished shards in {staging}" if count else ""
 
 

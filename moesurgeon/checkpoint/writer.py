@@ -1,31 +1,25 @@
-"""Writing shards: a new header, then byte ranges copied inside the kernel and bytes made anew.
+"""Writing shards: a new header, then byte ranges that are copied and bytes made anew.
 
-What does not change is never decoded: ``copy_file_range`` (which shares blocks on file systems that
-can), then ``sendfile``, then plain reads and writes, whichever the file systems allow.
+What does not change is never decoded.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from moesurgeon.checkpoint.header import TensorSpec, build_header
+from moesurgeon.checkpoint.copying import Appender
+from moesurgeon.checkpoint.header import BLOCK, TensorSpec, build_header
 from moesurgeon.checkpoint.reader import ShardReader
-from moesurgeon.errors import CheckpointError
 from moesurgeon.progress import Advance
 
-# "This pair of files cannot do that": try the next way. Anything else is a real error.
-_REFUSALS = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
-_BLOCK = 4096
-# Short enough for the progress bar to move and Ctrl-C to be heard, long enough to cost nothing.
-_STEP = 64 << 20
-# Of the buffer, which is used again and again: new memory for every read costs as much as the copy.
-_BUFFERED = 1 << 20
+# Bytes made anew may be as large as a tensor: one at a time, however many shards are being written.
+_MAKING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +80,27 @@ def write_shard(plan: ShardPlan, reader: ShardReader, path: Path, advance: Advan
         if plan.verbatim:
             # From the first byte on the blocks lie alike, so a file system that can share them does.
             file = reader.file_of(plan.verbatim)
-            copy_range(file, 0, target, os.fstat(file).st_size, plan.verbatim, advance)
-            os.fsync(target)
-            return
-        _write_all(target, build_header((tensor.spec for tensor in plan.tensors), plan.metadata))
-        for part in joined(part for tensor in plan.tensors for part in tensor.parts):
-            if isinstance(part, Fresh):
-                data = part.load()
-                assert len(data) == part.length, f"{len(data)} bytes were made where {part.length} were planned"
-                _write_all(target, data)
-                advance(part.length)
-            else:
-                copy_range(reader.file_of(part.shard), part.offset, target, part.length, part.shard, advance)
+            Appender(target, advance).copy(file, 0, os.fstat(file).st_size, plan.verbatim)
+        else:
+            _write_parts(plan, reader, target, advance)
         os.fsync(target)
     finally:
         os.close(target)
+
+
+def _write_parts(plan: ShardPlan, reader: ShardReader, target: int, advance: Advance) -> None:
+    file = Appender(target, advance)
+    file.write(_header_of(plan))
+    for part in joined(part for tensor in plan.tensors for part in tensor.parts):
+        if isinstance(part, FileRange):
+            file.copy(reader.file_of(part.shard), part.offset, part.length, part.shard)
+            continue
+        with _MAKING:
+            data = part.load()
+            assert len(data) == part.length, f"{len(data)} bytes were made where {part.length} were planned"
+            file.write(data)
+            del data  # not until the next one is made
+        advance(part.length)
 
 
 def content_key(data: bytes) -> str:
@@ -114,8 +114,23 @@ def beginning(plan: ShardPlan, reader: ShardReader) -> tuple[bytes, int]:
         file = reader.file_of(plan.verbatim)
         size = os.fstat(file).st_size
         return os.pread(file, size - plan.nbytes, 0), size
-    header = build_header((tensor.spec for tensor in plan.tensors), plan.metadata)
+    header = _header_of(plan)
     return header, len(header) + plan.nbytes
+
+
+def _header_of(plan: ShardPlan) -> bytes:
+    """Return the header of ``plan``, as long as it takes for most bytes to lie within blocks as in the source.
+
+    Those are shared where the file system can, also after a cut: experts are mostly whole blocks.
+    """
+    places: Counter[int] = Counter()
+    position = 0
+    for part in joined(part for tensor in plan.tensors for part in tensor.parts):
+        if isinstance(part, FileRange):
+            places[(part.offset - position) % BLOCK] += part.length
+        position += part.length
+    fitting = [place for place, _ in places.most_common() if place % 8 == 0]  # of 8: tensors stay aligned
+    return build_header((tensor.spec for tensor in plan.tensors), plan.metadata, fitting[0] if fitting else None)
 
 
 def joined(parts: Iterable[Part]) -> Iterator[Part]:
@@ -138,63 +153,3 @@ def joined(parts: Iterable[Part]) -> Iterator[Part]:
             yield part
     if last:
         yield last
-
-
-def copy_range(source: int, offset: int, target: int, length: int, shard: str, advance: Advance) -> None:
-    """Append ``length`` bytes of the descriptor ``source`` from ``offset`` on to ``target``.
-
-    Where source and target lie alike within their blocks, inside the kernel, which may share the blocks;
-    elsewhere (after every cut) through a buffer: ext4 moves misaligned ranges page by page, and measured
-    1.7 times slower to copy and twice as slow to flush.
-    """
-    end = offset + length
-    shift = os.lseek(target, 0, os.SEEK_CUR) - offset
-    is_aligned = shift % _BLOCK == 0
-    buffered = partial(_by_read_and_write, memoryview(bytearray(min(length, _BUFFERED))))
-    ways = (_by_copy_file_range, _by_sendfile, buffered) if is_aligned else (buffered,)
-    for way in ways:
-        try:
-            while offset < end:
-                done = way(source, offset, target, min(end - offset, _STEP))
-                if done == 0:
-                    raise CheckpointError(f"{shard} became shorter while it was read; leave it alone and try again")
-                _begin_flush(target, offset + shift, done)
-                offset += done
-                advance(done)
-        except OSError as error:
-            if error.errno not in _REFUSALS or way is buffered:
-                raise
-        else:
-            return
-
-
-def _by_copy_file_range(source: int, offset: int, target: int, length: int) -> int:
-    if not hasattr(os, "copy_file_range"):  # not on macOS
-        raise OSError(errno.ENOSYS, "no copy_file_range")
-    return os.copy_file_range(source, target, length, offset_src=offset)
-
-
-def _by_sendfile(source: int, offset: int, target: int, length: int) -> int:
-    return os.sendfile(target, source, offset, length)
-
-
-def _by_read_and_write(buffer: memoryview, source: int, offset: int, target: int, length: int) -> int:
-    done = os.preadv(source, [buffer[:length]], offset)
-    _write_all(target, buffer[:done])
-    return done
-
-
-def _begin_flush(target: int, place: int, done: int) -> None:
-    """Let the disk begin with what is written, 64 MiB at a time, while the next piece is copied.
-
-    The advice drops clean pages from the cache, too; what was just written is dirty, and is only sent off.
-    """
-    first, last = place // _STEP, (place + done) // _STEP
-    if last > first and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(target, first * _STEP, (last - first) * _STEP, os.POSIX_FADV_DONTNEED)
-
-
-def _write_all(target: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(target, view) :]

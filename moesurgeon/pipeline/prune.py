@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.errors import InputError, NothingToDo, ProfileError, UsageError
 from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.write import finish, refuse_output
-from moesurgeon.profiling.artefact import Profile, load_profile
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
-from moesurgeon.selection.choose import best, count_to_keep
-from moesurgeon.selection.criteria import scores_of
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import Kept, check_count, plan_prune
+
+if TYPE_CHECKING:
+    from moesurgeon.profiling.artefact import Profile
 
 _KEPT = '{"LAYER": [expert, ...]}'
 
@@ -84,6 +84,11 @@ def _choice(subject: Subject, spec: PruneSpec) -> tuple[Kept, dict[str, Any]]:
         return _read_kept(spec.keep_experts), {"criterion": "keep-experts"}
     if spec.profile is None:
         raise UsageError("say what the choice is based on: give --profile (see moesurgeon profile) or --keep-experts")
+    # Here: a quarter of the time to start goes into numpy, which a choice that was made needs not.
+    from moesurgeon.profiling.artefact import load_profile
+    from moesurgeon.selection.choose import best, count_to_keep
+    from moesurgeon.selection.criteria import scores_of
+
     count = count_to_keep(anatomy.experts, keep=spec.keep, ratio=spec.ratio)
     check_count(anatomy, count)
     profile = load_profile(spec.profile)

@@ -19,6 +19,7 @@ from typing import Any
 import moesurgeon
 from moesurgeon.checkpoint.auxiliary import copy_auxiliary
 from moesurgeon.checkpoint.open import CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, Checkpoint, read_json_file
+from moesurgeon.checkpoint.parallel import each_of
 from moesurgeon.checkpoint.reader import ShardReader, fingerprint, refuse_changed
 from moesurgeon.checkpoint.resume import digest_of, is_finished, write_finished
 from moesurgeon.checkpoint.staging import staged
@@ -83,8 +84,11 @@ def apply(
             needed = sum(shard.nbytes for shard in to_write)
             _check_space(staging, needed)
             with progress.task("writing", needed, "bytes") as advance:
-                for shard in to_write:
-                    write_finished(compiled(shard, source, reader), reader, staging, advance)
+                each_of(
+                    to_write,
+                    lambda shard, told: write_finished(compiled(shard, source, reader), reader, staging, told),
+                    advance,
+                )
             refuse_changed(source)
             _write_json(staging / CONFIG_NAME, plan.edited_config(source.config))
             if has_index(shards, source, shard_size):

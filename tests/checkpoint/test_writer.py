@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from moesurgeon.checkpoint import writer
+from moesurgeon.checkpoint.copying import Appender
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.checkpoint.open import Checkpoint, open_checkpoint
 from moesurgeon.checkpoint.reader import ShardReader
-from moesurgeon.checkpoint.writer import FileRange, Fresh, PlannedTensor, ShardPlan, copy_range, joined, write_shard
+from moesurgeon.checkpoint.writer import FileRange, Fresh, PlannedTensor, ShardPlan, beginning, joined, write_shard
 from moesurgeon.errors import CheckpointError
 from tests.checkpoint.shards import bytes_of, save_shards, some_tensors
 
@@ -79,7 +80,7 @@ def test_a_way_that_gives_up_half_way_is_continued_by_the_next(tmp_path: Path, m
 
     monkeypatch.setattr(os, "copy_file_range", short)
     with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("wb") as target:
-        copy_range(source.fileno(), 4096, target.fileno(), 200_000, "source", lambda done: None)
+        Appender(target.fileno(), lambda done: None).copy(source.fileno(), 4096, 200_000, "source")
     assert (tmp_path / "target").read_bytes() == data[4096:204_096]
     assert len(calls) == 3
 
@@ -98,7 +99,7 @@ def test_a_real_error_is_no_reason_to_try_another_way(
         (tmp_path / "target").open("wb") as target,
         pytest.raises(OSError, match=os.strerror(code)),
     ):
-        copy_range(source.fileno(), 0, target.fileno(), 5000, "source", lambda done: None)
+        Appender(target.fileno(), lambda done: None).copy(source.fileno(), 0, 5000, "source")
 
 
 @pytest.mark.parametrize("refused", [(), WAYS[:1], WAYS])
@@ -111,8 +112,9 @@ def test_ranges_are_copied_wherever_they_lie(
     data = os.urandom(3_000_000)
     (tmp_path / "source").write_bytes(data)
     with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("wb") as target:
+        file = Appender(target.fileno(), lambda done: None)
         for offset in (start, 0):
-            copy_range(source.fileno(), offset, target.fileno(), 2_500_001, "source", lambda done: None)
+            file.copy(source.fileno(), offset, 2_500_001, "source")
     assert (tmp_path / "target").read_bytes() == data[start : start + 2_500_001] + data[:2_500_001]
 
 
@@ -146,6 +148,20 @@ def test_the_order_in_a_file_means_nothing(tmp_path_factory: pytest.TempPathFact
     full = [name for name in order if source.tensors[name].nbytes]
     assert [name for name in again.tensors if again.tensors[name].nbytes] == full
     assert load_file(folder / "again" / "model.safetensors").keys() == source.tensors.keys()
+
+
+@pytest.mark.parametrize("cut", [0, 8, 4096, 5000])
+def test_what_lay_in_whole_blocks_does_after_a_cut(tmp_path: Path, cut: int) -> None:
+    """The header is as long as that takes, and still one that others read."""
+    tensors = {"a": torch.arange(cut, dtype=torch.uint8), "b": torch.rand(50_000), "c": torch.rand(3)}
+    source = open_checkpoint(save_shards(tmp_path / "source", [tensors]))
+    plan = _whole(source, ["b", "c"])
+    with ShardReader(source) as reader:
+        header, size = beginning(plan, reader)
+        write_shard(plan, reader, tmp_path / "out.safetensors", lambda done: None)
+    assert len(header) % 8 == 0 and (tmp_path / "out.safetensors").stat().st_size == size
+    assert len(header) % 4096 == source.tensors["b"].offset % 4096
+    assert bytes_of(load_file(tmp_path / "out.safetensors")["b"]) == bytes_of(tensors["b"])
 
 
 def test_new_bytes_lie_between_copied_ones(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -188,7 +204,7 @@ def test_neighbours_are_copied_in_one_piece(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[int] = []
-    monkeypatch.setattr(writer, "copy_range", lambda source, offset, target, length, *rest: copied.append(length))
+    monkeypatch.setattr(Appender, "copy", lambda self, source, offset, length, shard: copied.append(length))
     shard = checkpoint.headers["model-00001-of-00002.safetensors"]
     with ShardReader(checkpoint) as reader:
         plan = _whole(checkpoint, [tensor.name for tensor in shard.tensors])

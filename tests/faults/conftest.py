@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moesurgeon.checkpoint import parallel
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.surgery.apply import apply
 from moesurgeon.surgery.plan import EditPlan
@@ -38,6 +39,12 @@ def _the_source_stays(source: Subject) -> object:
     before = hashes(source.root)
     yield
     assert hashes(source.root) == before
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards are written one after the other, so that a test can say which are finished."""
+    monkeypatch.setattr(parallel, "AT_ONCE", 1)
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def test_a_disk_that_fills_up(
     assert _names(small_disk) == ["out"]
 
 
+@pytest.mark.usefixtures("one_at_a_time")
 def test_a_limit_on_files(
     source: Subject, plan: EditPlan, clean: dict[str, str], tmp_path: Path, old: dict[str, str]
 ) -> None:

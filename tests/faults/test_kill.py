@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -62,6 +64,39 @@ def test_a_kill_at_any_moment(
             assert _names(tmp_path) == ["out"]
             shutil.rmtree(tmp_path / "out")
     assert resumed > 0
+
+
+@pytest.mark.parametrize("presses", [1, 3])
+def test_ctrl_c_while_shards_are_flushed(
+    source: Subject, plan: EditPlan, clean: dict[str, str], tmp_path: Path, presses: int
+) -> None:
+    """Nothing can interrupt a flush; when it ends, nothing else begins, and what was flushed is kept."""
+
+    def interrupted() -> None:
+        real = os.fsync
+
+        def slow(file: int) -> None:
+            time.sleep(0.4)
+            real(file)
+
+        os.fsync = slow
+        with pytest.raises(KeyboardInterrupt, match=r"goes on from the \d finished shards"):
+            apply(plan, source.checkpoint, tmp_path / "out")
+        assert threading.active_count() == 1
+        time.sleep(0.5)  # would anything write on, it would now
+
+    began = time.monotonic()
+    child = forked(interrupted)
+    for press in range(presses):
+        time.sleep(0.6 if press == 0 else 0.05)
+        os.kill(child, signal.SIGINT)
+    assert ended(child) == 0
+    assert time.monotonic() - began < 3
+    assert _names(tmp_path) == [".out.moesurgeon"]
+    left = {path.name: hashes(path.parent)[path.name] for path in (tmp_path / ".out.moesurgeon").glob("*.safetensors")}
+    assert left and left.items() <= clean.items()
+    assert apply(plan, source.checkpoint, tmp_path / "out").resumed == len(left)
+    assert hashes(tmp_path / "out") == clean
 
 
 STEPS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moesurgeon.checkpoint import resume
+from moesurgeon.checkpoint import parallel, resume
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.checkpoint.reader import ShardReader
 from moesurgeon.checkpoint.writer import ShardPlan, content_key
@@ -29,6 +30,7 @@ from tests.faults.forked import ended, forked, kill_at
 from tests.faults.synthetic import hashes
 
 STAGING = ".out.moesurgeon"
+pytestmark = pytest.mark.usefixtures("one_at_a_time")
 
 
 def _names(folder: Path) -> list[str]:
@@ -192,6 +194,45 @@ def test_a_full_disk_keeps_what_is_finished(
             apply(plan, source.checkpoint, tmp_path / "out")
     assert _names(tmp_path) == [STAGING]
     assert apply(plan, source.checkpoint, tmp_path / "out").resumed > 0
+    assert hashes(tmp_path / "out") == clean
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+@pytest.mark.parametrize("shard", [1, 3, 6])
+def test_a_disk_that_refuses_one_shard(
+    source: Subject,
+    plan: EditPlan,
+    clean: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    at_once: int,
+    shard: int,
+) -> None:
+    """The error arrives whichever thread it happened in, and only whole shards have names."""
+    monkeypatch.setattr(parallel, "AT_ONCE", at_once)
+    real = os.fsync
+
+    def failing(file: int) -> None:
+        if f"model-{shard:05d}" in writing.get(threading.get_ident(), ""):
+            raise OSError(errno.EIO, "broken")
+        real(file)
+
+    writing: dict[int, str] = {}
+    write = resume.write_shard
+
+    def noted(plan: ShardPlan, *rest: Any) -> None:
+        writing[threading.get_ident()] = plan.name
+        write(plan, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        patch.setattr(resume, "write_shard", noted)
+        with pytest.raises(OutputError, match=os.strerror(errno.EIO)):
+            apply(plan, source.checkpoint, tmp_path / "out")
+    named = {path.name: hashes(path.parent)[path.name] for path in (tmp_path / STAGING).glob("*.safetensors")}
+    assert named.items() <= clean.items() and f"model-{shard:05d}-of-00006.safetensors" not in named
+    assert apply(plan, source.checkpoint, tmp_path / "out").resumed == len(named)
     assert hashes(tmp_path / "out") == clean
 
 
