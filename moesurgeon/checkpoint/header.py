@@ -13,6 +13,7 @@ import json
 import math
 import os
 import struct
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,10 @@ class Header:
     state: FileState
 
 
-def read_header(path: Path, shard: str) -> Header:
+def read_header(path: Path, shard: str, names: Mapping[str, str] | None = None) -> Header:
     """Parse and check the header of the safetensors file ``path``.
+
+    ``names``: those that are known already, each under itself, so that none is held twice.
 
     Raises CheckpointError if anything in it disagrees with the file or with itself.
     """
@@ -100,7 +103,11 @@ def read_header(path: Path, shard: str) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not _is_string_map(metadata):
         raise _damaged(shard, "has a __metadata__ that is not a map of strings")
-    tensors = [_stored_tensor(name, entry, shard, 8 + length) for name, entry in entries.items()]
+    known = {} if names is None else names
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    tensors = [
+        _stored_tensor(known.get(name, name), entry, shard, 8 + length, shapes) for name, entry in entries.items()
+    ]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     end = 8 + length
     for tensor in tensors:
@@ -156,7 +163,10 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _stored_tensor(name: str, entry: object, shard: str, data_start: int) -> StoredTensor:
+def _stored_tensor(
+    name: str, entry: object, shard: str, data_start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> StoredTensor:
+    """Return the tensor of a header's ``entry``. ``shapes``: of the others, as many tensors have the same."""
     if not isinstance(entry, dict):
         raise _damaged(shard, f"describes {name!r} with something that is not an object")
     dtype: Any = entry.get("dtype")
@@ -170,7 +180,8 @@ def _stored_tensor(name: str, entry: object, shard: str, data_start: int) -> Sto
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise _damaged(shard, f"gives {name!r} {offsets[1] - offsets[0]} bytes, but its shape needs {bits} bits")
-    return StoredTensor(name, dtype, tuple(shape), shard, data_start + offsets[0])
+    sizes = tuple(shape)
+    return StoredTensor(name, sys.intern(dtype), shapes.setdefault(sizes, sizes), shard, data_start + offsets[0])
 
 
 def _are_sizes(value: object) -> bool:

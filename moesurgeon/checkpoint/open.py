@@ -7,6 +7,7 @@ are never opened.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,8 @@ def open_checkpoint(root: Path) -> Checkpoint:
         weight_map, shards = {}, [SINGLE_NAME]
     else:
         raise CheckpointError(_no_weights(root))
-    headers = {shard: read_header(_inside(root, shard), shard) for shard in shards}
+    names = {name: name for name in weight_map}
+    headers = {shard: read_header(_inside(root, shard), shard, names) for shard in shards}
     tensors: dict[str, StoredTensor] = {}
     for shard, header in headers.items():
         for tensor in header.tensors:
@@ -134,9 +136,10 @@ def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME} has no weight_map; download it again")
-    for shard in weight_map.values():
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{INDEX_NAME} names {str(shard)[:80]!r}, which is no safetensors file; convert it")
+        weight_map[name] = sys.intern(shard)  # parsed, each tensor has a string of its own
     return weight_map
 
 

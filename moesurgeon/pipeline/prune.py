@@ -55,7 +55,7 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
         raise NothingToDo(f"nothing to prune: all {anatomy.experts} experts of every layer would stay; keep fewer")
     if plan.record:
         plan = EditPlan(plan.outputs, plan.dropped, plan.config, [{**plan.record[0], **how}])
-    after = plan.result(anatomy)
+    after = plan.result(anatomy).experts
     report = {
         "kept": {str(layer): list(kept[layer]) for layer in sorted(kept)},
         "dropped": {
@@ -63,8 +63,8 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
             for layer in sorted(kept)
         },
         "experts_before": anatomy.experts,
-        "experts_after": after.experts,
-        "warnings": parallel_warnings(anatomy.experts, after.experts),
+        "experts_after": after,
+        "warnings": parallel_warnings(anatomy.experts, after),
         "stages": [],
         "healing": [],
         **how,

@@ -101,6 +101,6 @@ def _routed(anatomy: Anatomy, layers: tuple[int, ...], *, biases: bool = True) -
 
 def _weights(spec: TensorSpec) -> int:
     """Number of weights in a tensor; 0 for scales, two per byte in MXFP4 blocks."""
-    if _SCALES.search(spec.name):
+    if not spec.name.endswith(".weight") and _SCALES.search(spec.name):
         return 0
     return math.prod(spec.shape) * (2 if spec.name.endswith("_blocks") else 1)

@@ -70,20 +70,26 @@ class EditPlan:
         Each one is kept, edited or dropped; no byte of it is used twice; parts fill their outputs.
         (So a tensor that was transformed cannot be split in a later step: each piece needs all of it.)
         """
-        used: dict[str, list[Slice]] = {}
+        used: dict[str, Slice | list[Slice]] = {}  # one alone as it is: plans have 100,000 of them
         touched: set[str] = set()
-        homes: set[str] = set()
+        unknown = {name for name in self.dropped if name not in source}
         for name, output in self.outputs.items():
             assert name == output.spec.name
             if sum(part.length for part in output.parts) != output.spec.nbytes:
                 raise CheckpointError(f"refused: the plan fills {name!r} with the wrong number of bytes")
             touched.update(output.sources)
-            homes.add(output.home)
+            unknown.update(name for name in (output.home, *output.sources) if name not in source)
             for part in slices_of(output.parts):
-                used.setdefault(part.tensor, []).append(part)
-        unknown = (touched | homes | set(self.dropped) | set(used)) - set(source)
-        twice = touched & set(self.dropped)
-        forgotten = set(source) - touched - set(self.dropped)
+                before = used.get(part.tensor)
+                if before is None:
+                    used[part.tensor] = part
+                elif isinstance(before, list):
+                    before.append(part)
+                else:
+                    used[part.tensor] = [before, part]
+        unknown.update(name for name in used if name not in source)
+        twice = {name for name in self.dropped if name in touched}
+        forgotten = {name for name in source if name not in touched and name not in self.dropped}
         for problem, names in (
             ("unknown", unknown),
             ("both used and dropped", twice),
@@ -93,10 +99,10 @@ class EditPlan:
                 raise CheckpointError(
                     f"refused: {sorted(names)[0]!r} is {problem} in the plan; this is a bug, report it"
                 )
-        for tensor, slices in used.items():
-            slices.sort(key=lambda part: part.start)
-            for before, after in itertools.pairwise(slices):
-                if after.start < before.stop:
+        for tensor, found in used.items():
+            slices = sorted(found, key=lambda part: part.start) if isinstance(found, list) else [found]
+            for one, other in itertools.pairwise(slices):
+                if other.start < one.stop:
                     raise CheckpointError(f"refused: the plan uses bytes of {tensor!r} twice; this is a bug, report it")
             if slices[-1].stop > source[tensor].nbytes:
                 raise CheckpointError(f"refused: the plan reads past the end of {tensor!r}; this is a bug, report it")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.checkpoint.open import Checkpoint, open_checkpoint
 from moesurgeon.checkpoint.reader import ShardReader
 from moesurgeon.errors import CheckpointError, OutputError
@@ -29,8 +31,8 @@ def read_back(folder: Path, plan: EditPlan, source: Checkpoint, reader: ShardRea
     problems = problems_of(anatomy)
     if problems:
         raise OutputError(f"the output is not complete: {problems[0]}; nothing was left behind")
-    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in written.tensors.items()}
-    if specs != {name: (output.spec.dtype, output.spec.shape) for name, output in plan.outputs.items()}:
+    specs = {name: output.spec for name, output in plan.outputs.items()}
+    if not same_specs(written.tensors, specs):
         raise OutputError("the output holds other tensors than planned; nothing was left behind")
     with ShardReader(written) as result:
         for name, output in plan.outputs.items():
@@ -39,6 +41,14 @@ def read_back(folder: Path, plan: EditPlan, source: Checkpoint, reader: ShardRea
                     f"{name} differs from its source after writing; nothing was left behind, check the disk"
                 )
     return written
+
+
+def same_specs(one: Mapping[str, TensorSpec], other: Mapping[str, TensorSpec]) -> bool:
+    """Whether both have the same tensors, wherever they are stored."""
+    return len(one) == len(other) and all(
+        (twin := other.get(name)) is not None and twin.dtype == spec.dtype and twin.shape == spec.shape
+        for name, spec in one.items()
+    )
 
 
 def _samples_agree(

@@ -245,6 +245,13 @@ def test_bytes_used_twice_inside_a_derived_part_are_found() -> None:
         plan.check(SOURCE)
 
 
+def test_the_same_range_twice_is_found_also_when_it_is_one_object() -> None:
+    half = Slice("norm", 0, SOURCE["norm"].nbytes // 2)
+    plan = EditPlan({**_identity(), "norm": with_fields(edits.copy(SOURCE["norm"]), parts=(half, half))})
+    with pytest.raises(CheckpointError, match="uses bytes of 'norm' twice"):
+        plan.check(SOURCE)
+
+
 def test_a_config_edit_keeps_order_and_unknown_keys() -> None:
     plan = EditPlan({}, config={"b": 5, "gone": REMOVED, "new": None, "absent": REMOVED})
     edited = plan.edited_config({"z": 1, "b": 2, "gone": 3, "a": [4]})
