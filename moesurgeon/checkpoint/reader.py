@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -95,25 +96,42 @@ def _changed(shard: str, what: str) -> CheckpointError:
     return CheckpointError(f"{shard} {what} while it was read; leave it alone and try again")
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Hashes that identify a checkpoint: ``fingerprint`` of all of it, and of its two halves."""
+
+    fingerprint: str
+    config: str
+    tensors: str
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Return a hash that identifies the checkpoint: config, names, dtypes, shapes, sampled bytes.
+    """Return the one hash of :func:`identity_of` that covers everything."""
+    return identity_of(checkpoint).fingerprint
+
+
+def identity_of(checkpoint: Checkpoint) -> Identity:
+    """Return hashes of the config and of the tensors' names, dtypes, shapes and sampled bytes.
 
     From each tensor up to 192 bytes are hashed (start, middle, end), so that an edit of any tensor
     as a whole shows, while a checkpoint of any size takes a moment. Independent of the sharding.
     """
-    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    config = json.dumps(checkpoint.config, sort_keys=True).encode()
+    whole, tensors = hashlib.sha256(config), hashlib.sha256()
     samples: dict[str, bytes] = {}
     with ShardReader(checkpoint) as reader:
         for name, tensor in checkpoint.tensors.items():  # in the order of the bytes: kind to disks
             size = tensor.nbytes
             middle, end = max(0, size // 2 - 32), max(0, size - 64)
             if size <= _READ_WHOLE:  # scales, norms: one call instead of three
-                whole = reader.read(tensor)
-                samples[name] = b"".join(whole[start : start + 64] for start in sorted({0, middle, end}))
+                raw = reader.read(tensor)
+                samples[name] = b"".join(raw[start : start + 64] for start in sorted({0, middle, end}))
             else:
                 samples[name] = b"".join(reader.read(tensor, start, start + 64) for start in (0, middle, end))
     for name in sorted(samples):
         tensor = checkpoint.tensors[name]
-        digest.update(f"\n{name}\n{tensor.dtype}{list(tensor.shape)}\n".encode())
-        digest.update(samples[name])
-    return digest.hexdigest()
+        described = f"\n{name}\n{tensor.dtype}{list(tensor.shape)}\n".encode()
+        for digest in (whole, tensors):
+            digest.update(described)
+            digest.update(samples[name])
+    return Identity(whole.hexdigest(), hashlib.sha256(config).hexdigest(), tensors.hexdigest())

@@ -55,11 +55,23 @@ def refuse_inconsistent(subject: Subject, history: Sequence[Step]) -> None:
                 f"{subject.name} does not verify: {PROVENANCE_NAME} ends with {what} {counts[-1].get('after')!r}, "
                 f"config.json says {now}"
             )
-    made = history[-1].get("result", {}).get("fingerprint") if history else None
-    if made is not None and made != subject.fingerprint:
-        raise OutputError(
-            f"{subject.name} does not verify: config.json or a tensor was changed after {PROVENANCE_NAME} was written"
-        )
+    result = history[-1].get("result", {}) if history else {}
+    if result.get("fingerprint") not in (None, subject.fingerprint):
+        raise OutputError(f"{subject.name} does not verify: {_what_changed(subject, result)}")
+
+
+def _what_changed(subject: Subject, result: Mapping[str, Any]) -> str:
+    """Say which half of ``subject`` is not what the record's ``result`` has the hash of; earlier records have none."""
+    after = f"after {PROVENANCE_NAME} was written"
+    if "config" not in result or "tensors" not in result:
+        return f"config.json or a tensor was changed {after}; verify --source tells which"
+    if result["tensors"] != subject.identity.tensors:
+        also = " and config.json" if result["config"] != subject.identity.config else ""
+        return f"a tensor{also} was changed {after}; verify --source tells which, or write it again"
+    return (
+        f"config.json was changed {after}, the tensors were not; restore it (verify --source names the keys), "
+        "or take this as proof of the tensors alone"
+    )
 
 
 def refuse_other_hashes(subject: Subject, history: Sequence[Step], hashes: Mapping[str, str]) -> int:

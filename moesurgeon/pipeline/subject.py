@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moesurgeon.checkpoint.locate import locate
 from moesurgeon.checkpoint.open import Checkpoint, open_checkpoint
-from moesurgeon.checkpoint.reader import fingerprint
+from moesurgeon.checkpoint.reader import Identity, identity_of
 from moesurgeon.errors import CheckpointError
 from moesurgeon.surgery.anatomy import Anatomy, examine
 from moesurgeon.surgery.completeness import require_complete
@@ -27,8 +27,12 @@ class Subject:
         return self.checkpoint.root
 
     @cached_property
+    def identity(self) -> Identity:
+        return identity_of(self.checkpoint)
+
+    @property
     def fingerprint(self) -> str:
-        return fingerprint(self.checkpoint)
+        return self.identity.fingerprint
 
     @property
     def stored_dtype(self) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesurgeon.checkpoint.hashes import hashes_of
@@ -15,6 +15,7 @@ from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.surgery.completeness import problems_of
 from moesurgeon.surgery.edits import Output, Part, Slice
+from moesurgeon.surgery.readback import same_specs
 from moesurgeon.surgery.replay import NotRecorded, replay
 from moesurgeon.surgery.shards import bytes_of
 
@@ -66,13 +67,8 @@ def _against_source(subject: Subject, source: Subject, history: Sequence[Step], 
         raise InputError(f"{subject.name} was not made from {source.name}: its record names other fingerprints")
     steps = history[fingerprints.index(source.fingerprint) :]
     plan = replay(source.anatomy, [operation for step in steps for operation in step["operations"]])
-    specs = {name: (spec.dtype, spec.shape) for name, spec in subject.anatomy.tensors.items()}
-    if specs != {name: (output.spec.dtype, output.spec.shape) for name, output in plan.outputs.items()}:
+    if not same_specs(subject.anatomy.tensors, {name: output.spec for name, output in plan.outputs.items()}):
         raise OutputError(f"{subject.name} holds other tensors than its record makes of {source.name}")
-    mine_says, record_says = dict(subject.anatomy.config), plan.edited_config(source.anatomy.config)
-    for key in sorted(mine_says.keys() | record_says.keys()):
-        if (key in mine_says, mine_says.get(key)) != (key in record_says, record_says.get(key)):
-            raise OutputError(f"{subject.name} has another {key} in config.json than its record makes of {source.name}")
     compared = replaced = 0
     with (
         ShardReader(subject.checkpoint) as mine,
@@ -85,7 +81,19 @@ def _against_source(subject: Subject, source: Subject, history: Sequence[Step], 
             else:
                 replaced += 1
             advance(output.spec.nbytes)
+    # After the tensors: of a config that somebody edited one wants to know that nothing else was.
+    if keys := _other_keys(subject.anatomy.config, plan.edited_config(source.anatomy.config)):
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        raise OutputError(
+            f"{subject.name} does not verify: there is another {', '.join(keys[:8])}{more} in config.json than its "
+            f"record makes of {source.name}; all its tensors are as recorded, so put back what config.json said"
+        )
     return {"tensors_equal": compared, "tensors_replaced": replaced, "tensors_dropped": len(plan.dropped)}
+
+
+def _other_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the keys that only one of two configs has, or that have other values."""
+    return [key for key in sorted({*one, *other}) if (key in one, one.get(key)) != (key in other, other.get(key))]
 
 
 def _is_recorded(output: Output, subject: Subject, mine: ShardReader, source: Subject, theirs: ShardReader) -> bool:

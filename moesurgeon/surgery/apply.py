@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import moesurgeon
 from moesurgeon.checkpoint.auxiliary import copy_auxiliary
 from moesurgeon.checkpoint.open import CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, Checkpoint, read_json_file
 from moesurgeon.checkpoint.parallel import each_of
-from moesurgeon.checkpoint.reader import ShardReader, fingerprint, refuse_changed
+from moesurgeon.checkpoint.reader import ShardReader, fingerprint, identity_of, refuse_changed
 from moesurgeon.checkpoint.resume import digest_of, is_finished, write_finished
 from moesurgeon.checkpoint.staging import staged
 from moesurgeon.errors import OutputError
@@ -98,7 +98,7 @@ def apply(
             text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
             (staging / "README.md").write_text(edited_card(text, plan), encoding="utf-8")
             written = read_back(staging, plan, source, reader)
-            provenance["history"][-1]["result"] = {"fingerprint": fingerprint(written)}
+            provenance["history"][-1]["result"] = asdict(identity_of(written))
             _write_json(staging / PROVENANCE_NAME, provenance)
     return Written(target, plan.nbytes, len(shards), len(linked), len(finished))
 

@@ -168,7 +168,7 @@ def test_an_edited_result_or_record_is_found_without_the_source(pruned: Path, tm
     folder = _copied(pruned, tmp_path / "config")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
-    with pytest.raises(OutputError, match="or a tensor was changed"):
+    with pytest.raises(OutputError, match=r"config\.json was changed after"):
         verify(str(folder))
     _forge(folder, no_result)  # a record of an earlier version says nothing about it
     verify(str(folder))
@@ -279,6 +279,46 @@ def test_no_record_breaks_anything(source: Subject, operations: list[Any]) -> No
         assert len(str(error)) < 500
     else:
         plan.check(source.anatomy.tensors)
+
+
+def test_an_edited_config_is_told_from_an_edited_tensor(source: Subject, pruned: Path, tmp_path: Path) -> None:
+    """Adding a key is often meant; that nothing else changed is what one wants to hear."""
+    folder = _copied(pruned, tmp_path / "out")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "torch_dtype": "float16", "pad_token_id": 0}))
+    with pytest.raises(OutputError, match=r"config\.json was changed after .*, the tensors were not; restore it"):
+        verify(str(folder))
+    with pytest.raises(OutputError, match=r"another pad_token_id, torch_dtype in config\.json.*all its tensors are"):
+        verify(str(folder), str(source.root))
+    before = open_subject(str(folder))
+    tensor = before.checkpoint.tensors["model.norm.weight"]
+    with before.checkpoint.path_of(tensor.shard).open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(b"\x01\x02")
+    with pytest.raises(OutputError, match=r"a tensor and config\.json was changed after"):
+        verify(str(folder))
+    with pytest.raises(OutputError, match=r"model\.norm\.weight differs from"):
+        verify(str(folder), str(source.root))
+    path.write_text(json.dumps(config))
+    with pytest.raises(OutputError, match="a tensor was changed after"):
+        verify(str(folder))
+
+
+def test_a_record_without_separate_hashes_is_still_read(pruned: Path, tmp_path: Path) -> None:
+    """What was written before config and tensors were hashed apart."""
+    folder = _copied(pruned, tmp_path / "out")
+
+    def older(record: Any) -> Any:
+        record["history"][-1]["result"] = {"fingerprint": record["history"][-1]["result"]["fingerprint"]}
+        return record
+
+    _forge(folder, older)
+    verify(str(folder))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "note": 1}))
+    with pytest.raises(OutputError, match=r"config\.json or a tensor was changed after"):
+        verify(str(folder))
 
 
 def test_another_source_is_refused(source: Subject, pruned: Path, tmp_path: Path) -> None:
