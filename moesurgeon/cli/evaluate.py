@@ -8,6 +8,7 @@ import typer
 
 from moesurgeon.cli import options
 from moesurgeon.cli.output import Report, answer, table
+from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.progress import Progress
 
 NAME = "evaluate"
@@ -25,6 +26,7 @@ def command(
     length: options.Length = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    max_memory: options.MaxMemory = None,
     json: options.Json = False,
 ) -> None:
     """Measure loss and perplexity per domain on held-out text, with intervals over documents."""
@@ -34,7 +36,9 @@ def command(
         from moesurgeon.pipeline.options import Running, Text
 
         text = Text(traces=tuple(traces), split=split, max_tokens=max_tokens, length=length)
-        return evaluate(checkpoint, against, text, Running(device=device, dtype=dtype), progress)
+        return evaluate(
+            checkpoint, against, text, Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory)), progress
+        )
 
     answer(json, work, _show)
 

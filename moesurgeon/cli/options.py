@@ -46,3 +46,11 @@ Length = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. Auto: float32 on a CPU, else as stored.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory to use at most, as 16GB: of the process, or of the device. What does not fit is read layer by "
+        "layer. Default: most of what is free.",
+    ),
+]

@@ -9,6 +9,7 @@ import typer
 
 from moesurgeon.cli import options
 from moesurgeon.cli.output import Report, answer, table
+from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.progress import Progress
 
 NAME = "profile"
@@ -23,6 +24,11 @@ def command(
     length: options.Length = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    max_memory: options.MaxMemory = None,
+    resume: Annotated[
+        bool,
+        typer.Option(help="Where layers are streamed: keep what a killed run needs to go on, beside the profile."),
+    ] = True,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
@@ -33,8 +39,10 @@ def command(
         from moesurgeon.pipeline.profile import ProfileOutput, profile
 
         text = Text(traces=tuple(traces), split=split, max_tokens=max_tokens, length=length)
-        running = Running(device=device, dtype=dtype)
-        return profile(checkpoint, ProfileOutput(output=output, overwrite=overwrite), text, running, progress)
+        running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
+        return profile(
+            checkpoint, ProfileOutput(output=output, overwrite=overwrite, resume=resume), text, running, progress
+        )
 
     answer(json, work, _show)
 

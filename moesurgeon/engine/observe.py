@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class Observation:
     """One block's forward pass over T tokens (padding included).
 
     ``logits`` [T, E], ``indices`` and ``weights`` [T, K], ``norms`` [T, K]: the length of each chosen
-    expert's output before weighting; ``inputs`` and ``output`` [T, H] of the routed experts.
+    expert's output before weighting; ``inputs`` and ``output`` [T, H] of the routed experts, ``result``
+    [T, H] of the whole block, shared experts included.
     """
 
     layer: int
@@ -36,6 +38,7 @@ class Observation:
     norms: torch.Tensor
     inputs: torch.Tensor
     output: torch.Tensor
+    result: torch.Tensor
 
 
 Visitor = Callable[[MoeBlock, Observation], None]
@@ -49,8 +52,9 @@ def observed(blocks: Sequence[MoeBlock], visit: Visitor) -> Iterator[None]:
         for block in blocks:
             seen: dict[str, torch.Tensor] = {}
             handles.append(block.router.register_forward_hook(_keep_logits(seen)))
+            handles.append(block.module.register_forward_hook(_visiting(block, seen, visit)))
             originals.append((block.experts, block.experts.forward))
-            block.experts.forward = _watching(block, seen, visit)
+            block.experts.forward = _watching(block, seen)
         yield
     finally:
         for handle in handles:
@@ -73,22 +77,44 @@ def expert_outputs(
         yield expert, token, rank, nn.functional.linear(parts.act_fn(gate) * up, parts.down_proj[expert])
 
 
-def replays(block: MoeBlock, seen: Observation, stock: Callable[..., torch.Tensor]) -> bool:
-    """Tell whether the block's own experts, given the recorded routing, give the recorded output."""
-    again = stock(seen.inputs, seen.indices, seen.weights)
+def replays(block: MoeBlock, seen: Observation, stock: Callable[..., torch.Tensor] | None = None) -> bool:
+    """Tell whether the block's own experts (or ``stock``), given the recorded routing, give the recorded output."""
+    # The instance's forward is ours while it is observed.
+    again = (stock or partial(type(block.experts).forward, block.experts))(seen.inputs, seen.indices, seen.weights)
     scale = seen.output.float().pow(2).mean().sqrt()
     tolerance = 1e-5 if seen.output.dtype == torch.float32 else 3e-2
     return bool((again.float() - seen.output.float()).pow(2).mean().sqrt() <= tolerance * scale)
 
 
+def logits_in(output: Any) -> torch.Tensor:
+    """Return the logits [T, E] in what a router returns.
+
+    Mostly (logits, weights, indices). Before transformers 5.23 Granite's returns (indices, weights, logits) and
+    Jamba's the logits alone.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    logits: torch.Tensor = output[0] if output[0].is_floating_point() else output[-1]
+    return logits
+
+
 def _keep_logits(seen: dict[str, torch.Tensor]) -> Callable[..., None]:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen["logits"] = output[0]
+        seen["logits"] = logits_in(output)
 
     return hook
 
 
-def _watching(block: MoeBlock, seen: dict[str, torch.Tensor], visit: Visitor) -> Callable[..., torch.Tensor]:
+def _visiting(block: MoeBlock, seen: dict[str, torch.Tensor], visit: Visitor) -> Callable[..., None]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        result = output[0] if isinstance(output, tuple) else output
+        visit(block, Observation(block.layer, **seen, result=result.reshape(-1, result.shape[-1])))
+        seen.clear()
+
+    return hook
+
+
+def _watching(block: MoeBlock, seen: dict[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
     for name in ("gate_up_proj", "down_proj", "act_fn"):
         if not hasattr(block.experts, name):
             raise CheckpointError(f"{type(block.experts).__name__} has no {name}: this family cannot be profiled yet")
@@ -99,10 +125,7 @@ def _watching(block: MoeBlock, seen: dict[str, torch.Tensor], visit: Visitor) ->
         for _expert, token, rank, out in expert_outputs(block.experts, hidden_states, top_k_index):
             norms[token, rank] = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32)
             output.index_add_(0, token, (out * top_k_weights[token, rank, None]).to(output.dtype))
-        visit(
-            block,
-            Observation(block.layer, seen["logits"], top_k_index, top_k_weights, norms, hidden_states, output),
-        )
+        seen.update(indices=top_k_index, weights=top_k_weights, norms=norms, inputs=hidden_states, output=output)
         return output
 
     return forward

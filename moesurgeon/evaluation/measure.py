@@ -6,20 +6,21 @@ full [B, T, V] of a long batch would be larger than the model.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
-from moesurgeon.engine.batches import Batch, batches_of, rows_for
+from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.budget import LOGIT_POSITIONS
+from moesurgeon.engine.ranks import Ranks
+from moesurgeon.engine.streams import Stream
+from moesurgeon.engine.walk import Tail, Walk
 from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.progress import SILENT, Progress
-from moesurgeon.traces.windows import Corpus
-
-_BLOCK = 2048  # positions whose logits are held at once
 
 LOSS, TEACHER_LOSS, KL, AGREEMENT, ESAP = range(5)
 """Columns of the sums: cross-entropy in nats, the teacher's, KL(teacher | model), share of positions
@@ -47,100 +48,96 @@ class Measurement:
 
 
 def measure(
-    model: PreTrainedModel,
-    corpus: Corpus,
+    stream: Stream,
+    domains: tuple[str, ...],
+    batches: Sequence[Batch],
     *,
-    length: int,
-    teacher: PreTrainedModel | None = None,
+    teacher: Stream | None = None,
+    ranks: Ranks | None = None,
+    folder: Path | None = None,
     progress: Progress = SILENT,
     label: str = "evaluating",
 ) -> Measurement:
-    """Run ``model`` (and ``teacher`` beside it) over ``corpus``."""
-    if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
-        raise UsageError(
-            f"vocabularies differ ({model.config.vocab_size} and {teacher.config.vocab_size} tokens): "
-            "only checkpoints with the same tokenizer can be compared"
-        )
-    rows: list[tuple[int, int, int]] = []
-    sums: list[NDArray[np.float64]] = []
-    by_position = np.zeros((length, _COLUMNS + 1))
-    speeds: list[float] = []
-    tokens = sum(corpus.tokens.values())
-    with progress.task(label, tokens, "tokens") as advance:
-        for batch in batches_of(corpus, rows=rows_for(length), device=model.device):
-            hidden, took = _hidden(model, batch)
-            speeds.append(batch.text_tokens / took)
-            beside = _hidden(teacher, batch)[0] if teacher is not None else None
-            values_BTC = _compare(model, hidden, teacher, beside, batch)
-            valid = batch.is_text[:, 1:].cpu().numpy()
-            values_BTC[~valid] = 0.0
-            for row, window in enumerate(batch.windows):
-                rows.append((corpus.domains.index(batch.domain), window.document, int(valid[row].sum())))
-                sums.append(values_BTC[row].sum(axis=0))
-            by_position[: valid.shape[1], :_COLUMNS] += values_BTC.sum(axis=0)
-            by_position[: valid.shape[1], _COLUMNS] += valid.sum(axis=0)
-            advance(batch.text_tokens)
+    """Take ``stream`` (and ``teacher`` beside it) through ``batches`` of text of these ``domains``.
+
+    Of several ``ranks`` each walks with its batches, and all return the measurement of all. ``folder``:
+    where hidden states go if not into memory.
+    """
+    refuse_other_vocabulary(stream, teacher)
+    ranks = ranks or Ranks()
+    mine = [batches[number] for number in ranks.mine(len(batches))]
+    walk = Walk([stream] if teacher is None else [stream, teacher], mine, folder)
+    most = max(len(batch.windows) for batch in batches)
+    longest = max(batch.tokens.shape[1] for batch in batches)
+    windows = np.zeros((len(mine), most, _COLUMNS))
+    positions = np.zeros((len(mine), longest, _COLUMNS + 1))
+    with progress.task(label, sum(batch.text_tokens for batch in mine), "tokens") as advance:
+        walk.through(advance=advance)
+        for tail in walk.tail():
+            for number, batch in enumerate(mine):
+                values_BTC = _compare(tail, stream, teacher, number, batch)
+                valid = batch.is_text[:, 1:].cpu().numpy()
+                values_BTC[~valid] = 0.0
+                windows[number, : len(values_BTC)] = values_BTC.sum(axis=1)
+                positions[number, : valid.shape[1], :_COLUMNS] = values_BTC.sum(axis=0)
+                positions[number, : valid.shape[1], _COLUMNS] = valid.sum(axis=0)
+    windows = ranks.gathered(windows, len(batches))
+    by_position = ranks.gathered(positions, len(batches)).sum(axis=0)
+    seconds = ranks.gathered(walk.seconds[stream], len(batches))
     if not np.isfinite(by_position).all():
         raise CheckpointError(
             "the loss is not a number: the weights hold NaN or infinities, or overflow in this --dtype; try float32"
         )
-    domain, document, positions = np.array(rows, dtype=np.int64).T
+    rows = [
+        (domains.index(batch.domain), window.document, len(window.tokens) - 1)
+        for batch in batches
+        for window in batch.windows
+    ]
+    domain, document, predicted = np.array(rows, dtype=np.int64).T
+    tokens = np.array([batch.text_tokens for batch in batches])
     return Measurement(
-        corpus.domains,
+        domains,
         domain,
         document,
-        positions,
-        np.stack(sums),
+        predicted,
+        np.concatenate([sums[: len(batch.windows)] for sums, batch in zip(windows, batches, strict=True)]),
         by_position,
-        float(np.median(speeds)),
-        tokens,
+        float(np.median(tokens / np.maximum(seconds, 1e-9))),
+        int(tokens.sum()),
         teacher is not None,
     )
 
 
-@torch.no_grad()
-def _hidden(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, float]:
-    """Return the last hidden states [B, T, H] and the seconds that they took."""
-    started = time.perf_counter()
-    hidden: torch.Tensor = model.base_model(
-        input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False
-    ).last_hidden_state
-    if hidden.device.type != "cpu":
-        torch.accelerator.synchronize(hidden.device)
-    return hidden, time.perf_counter() - started
+def refuse_other_vocabulary(stream: Stream, teacher: Stream | None) -> None:
+    """Raise UsageError if the two cannot be compared token by token."""
+    if teacher is None:
+        return
+    mine, theirs = (one.skeleton.model.config.vocab_size for one in (stream, teacher))
+    if mine != theirs:
+        raise UsageError(
+            f"vocabularies differ ({mine} and {theirs} tokens): "
+            "only checkpoints with the same tokenizer can be compared"
+        )
 
 
 @torch.no_grad()
-def _compare(
-    model: PreTrainedModel,
-    hidden_BTH: torch.Tensor,
-    teacher: PreTrainedModel | None,
-    teacher_BTH: torch.Tensor | None,
-    batch: Batch,
-) -> NDArray[np.float64]:
+def _compare(tail: Tail, stream: Stream, teacher: Stream | None, number: int, batch: Batch) -> NDArray[np.float64]:
     """Return the columns [B, T - 1, 5] for predicting tokens 1 to T - 1."""
     rows, length = batch.tokens.shape
     values = torch.zeros(rows, length - 1, _COLUMNS, dtype=torch.float64)
-    step = max(1, _BLOCK // rows)
+    step = max(1, LOGIT_POSITIONS // rows)
     for start in range(0, length - 1, step):
         stop = min(start + step, length - 1)
         targets = batch.tokens[:, start + 1 : stop + 1, None]
-        logp = _log_probabilities(model, hidden_BTH[:, start:stop])
+        logp = tail.logits(stream, number, start, stop).float().log_softmax(-1)
         block = values[:, start:stop]
         block[..., LOSS] = -logp.gather(-1, targets).squeeze(-1).double().cpu()
-        if teacher is None or teacher_BTH is None:
+        if teacher is None:
             continue
-        logq = _log_probabilities(teacher, teacher_BTH[:, start:stop])
+        logq = tail.logits(teacher, number, start, stop).float().log_softmax(-1)
         p, q = logp.exp(), logq.exp()
         block[..., TEACHER_LOSS] = -logq.gather(-1, targets).squeeze(-1).double().cpu()
         block[..., KL] = (q * (logq - logp)).sum(-1, dtype=torch.float64).cpu()
         block[..., AGREEMENT] = (logp.argmax(-1) == logq.argmax(-1)).double().cpu()
         block[..., ESAP] = torch.minimum(p, q).sum(-1, dtype=torch.float64).cpu()
     return values.numpy()
-
-
-def _log_probabilities(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    # Granite divides its logits behind the head; no other family that we run scales or caps them.
-    logits = logits / getattr(model.config, "logits_scaling", 1.0)
-    return logits.float().log_softmax(-1)

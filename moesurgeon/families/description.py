@@ -120,8 +120,17 @@ class Family:
     experts_module: str = "experts"
     # The bias that takes part in the choice only, seen from the block.
     bias_module: str = "gate.e_score_correction_bias"
+    # The layout of the running model, where it is none of ``layouts``.
+    running: Layout | None = None
+    # The transformers release whose router modules recovery can train; None: any that we run with.
+    trained_since: str | None = None
     # Why commands that run the model refuse this family; None: they run it.
     not_run: str | None = None
+
+    @property
+    def in_memory(self) -> Layout:
+        """How transformers 5 holds the experts of a running model: all of them in one tensor."""
+        return self.running or next(layout for layout in self.layouts if layout.name == "fused")
 
     @cached_property
     def layer_pattern(self) -> re.Pattern[str]:

@@ -21,6 +21,14 @@ GRANITEMOE = Family(
             shared="model.layers.{layer}.shared_mlp.",
         ),
     ),
+    running=Layout(
+        name="fused",
+        block="model.layers.{layer}.block_sparse_moe",
+        per_expert_rows={"{block}.router.weight": 0},
+        projections={"gate_up": "gate_up_proj", "down": "down_proj"},
+        shared="model.layers.{layer}.shared_mlp.",
+    ),
     block_module="model.layers.{layer}.block_sparse_moe",
     router_module="router",
+    trained_since="5.23",
 )

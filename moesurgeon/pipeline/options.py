@@ -42,7 +42,12 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """Where and in which precision the model runs; "auto" is explained in ``engine.device``."""
+    """Where and in which precision the model runs; "auto" is explained in ``engine.device``.
+
+    ``max_memory``: bytes that may be used (None: most of what is free); what does not fit is read a layer at
+    a time.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
+    max_memory: int | None = None

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
+import moesurgeon
 from moesurgeon.engine.device import place
-from moesurgeon.engine.model import load_model
+from moesurgeon.engine.ranks import Ranks, join_ranks
+from moesurgeon.engine.state import WalkState
+from moesurgeon.engine.streams import Stream
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.text import read_text, window_length
+from moesurgeon.pipeline.walking import Ready, ready
 from moesurgeon.pipeline.write import refuse_output
 from moesurgeon.profiling.artefact import FACTS, Origin, Profile, save_profile
 from moesurgeon.profiling.profiler import take_profile
@@ -21,10 +28,14 @@ from moesurgeon.progress import SILENT, Progress
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileOutput:
-    """The folder of the profile; ``overwrite`` replaces an earlier profile."""
+    """The folder of the profile; ``overwrite`` replaces an earlier profile.
+
+    ``resume``: where the checkpoint does not fit into memory, keep what a killed run needs to go on.
+    """
 
     output: Path
     overwrite: bool = False
+    resume: bool = True
 
 
 def profile(
@@ -36,8 +47,7 @@ def profile(
     placement = place(running.device, running.dtype, subject.stored_dtype)
     corpus = read_text(subject, text, builtin_split="calibration")
     length = window_length(subject, text)
-    model = load_model(subject.checkpoint, subject.anatomy, placement)
-    statistics = take_profile(model, subject.anatomy, corpus, length=length, progress=progress)
+    ranks = join_ranks(running.device)
     origin = Origin(
         fingerprint=subject.fingerprint,
         family=subject.anatomy.family.name,
@@ -47,6 +57,29 @@ def profile(
         placement=str(placement),
         transformers=transformers.__version__,
     )
+    with ready([subject], corpus, placement, length=length, max_memory=running.max_memory) as walk:
+        state = None if walk.is_resident or not output.resume else _state(output.output, origin, walk, ranks)
+        statistics = take_profile(
+            Stream(walk.sources[0]),
+            corpus.domains,
+            walk.batches,
+            ranks=ranks,
+            folder=walk.folder,
+            state=state,
+            progress=progress,
+        )
+        is_resident = walk.is_resident
     taken = Profile(statistics, origin)
-    save_profile(taken, output.output, overwrite=output.overwrite)
-    return {"checkpoint": source, "path": str(output.output), **taken.summary()}
+    if ranks.is_first:
+        save_profile(taken, output.output, overwrite=output.overwrite)
+    if state:
+        state.discard()
+    return {"checkpoint": source, "path": str(output.output), "resident": is_resident, **taken.summary()}
+
+
+def _state(output: Path, origin: Origin, walk: Ready, ranks: Ranks) -> WalkState:
+    """Return the state beside ``output`` of a walk for the profile that ``origin`` describes."""
+    shapes = [tuple(batch.tokens.shape) for batch in walk.batches]
+    facts = [moesurgeon.__version__, torch.__version__, asdict(origin), shapes]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return WalkState(output.with_name(f".{output.name}.walk"), digest, ranks)

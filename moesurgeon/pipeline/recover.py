@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.checkpoint.writer import content_key
-from moesurgeon.engine.device import place
-from moesurgeon.engine.model import load_model
+from moesurgeon.engine.device import Placement, place
+from moesurgeon.engine.whole import load_model
 from moesurgeon.errors import CheckpointError, NothingToDo, UsageError
 from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.subject import Subject, open_subject
@@ -23,6 +23,7 @@ from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.adapters import STORED
 from moesurgeon.recovery.objective import Losses, refuse_without_gradient
 from moesurgeon.recovery.train import Recovered, Schedule, recover_routers
+from moesurgeon.runtime.cost import count_parameters
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, identity
@@ -57,6 +58,7 @@ def recover(
     refuse_without_gradient(subject.anatomy, spec.losses.objective)
     _refuse_unwritable(subject, writing)
     placement = place(running.device, running.dtype, subject.stored_dtype)
+    _refuse_too_large([subject, teacher], placement, running)
     length = window_length(subject, text)
     if text.split in ("validation", "all"):
         raise UsageError(
@@ -80,9 +82,11 @@ def recover(
     if writing.dry_run:
         return {**report, "source": source, "output": str(writing.output), "dry_run": True}
     recovered = recover_routers(
-        load_model(subject.checkpoint, subject.anatomy, placement),
+        # Eager experts gather by index, whose gradient one thread of a CPU adds up.
+        load_model(subject.checkpoint, subject.anatomy, placement, experts="grouped_mm"),
         load_model(teacher.checkpoint, teacher.anatomy, placement),
         subject.anatomy,
+        teacher.anatomy,
         corpus,
         heldout,
         length=length,
@@ -102,6 +106,18 @@ def recover(
         **recovered.as_dict(),
         **finish(plan, subject, writing, progress),
     }
+
+
+def _refuse_too_large(subjects: Sequence[Subject], placement: Placement, running: Running) -> None:
+    """Raise UsageError where training would need what it cannot have: it holds both checkpoints on one device."""
+    if placement.spread:
+        raise UsageError("recover trains on one device; name it, as in --device cuda:0")
+    needed = sum(count_parameters(subject.anatomy).total * placement.dtype.itemsize for subject in subjects)
+    if running.max_memory is not None and needed > running.max_memory:
+        raise UsageError(
+            f"recover holds both checkpoints in memory, {needed:,} bytes, and may use {running.max_memory:,}; "
+            "allow more or choose a smaller dtype"
+        )
 
 
 def _refuse_unwritable(subject: Subject, writing: Writing) -> None:

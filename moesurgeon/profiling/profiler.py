@@ -1,4 +1,4 @@
-"""One pass over the traces that fills the statistics of a profile.
+"""One walk over the traces that fills the statistics of a profile.
 
 On the first batch of every layer the recorded routing is held against the block twice: replayed
 through the stock experts it must reproduce the block's output, and it must be what the family's rule
@@ -7,94 +7,137 @@ makes of the recorded logits. A profile that records anything else is worse than
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from moesurgeon.engine.batches import Batch, batches_of, rows_for
-from moesurgeon.engine.model import MoeBlock, logits_of, moe_blocks
-from moesurgeon.engine.observe import Observation, observed, replays
+from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.model import MoeBlock
+from moesurgeon.engine.observe import Observation, replays
+from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.routing import Routing, routing_of, selection_bias
+from moesurgeon.engine.state import WalkState
+from moesurgeon.engine.streams import Stream
+from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import CheckpointError, OutputError
-from moesurgeon.profiling.statistics import PEAK, Statistics
+from moesurgeon.profiling.statistics import PEAK, PER_EXPERT, PER_LAYER, Array, Statistics
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.surgery.anatomy import Anatomy
-from moesurgeon.traces.windows import Corpus
+
+_NAMES = (*PER_EXPERT, PEAK)
 
 
 def take_profile(
-    model: PreTrainedModel, anatomy: Anatomy, corpus: Corpus, *, length: int, progress: Progress = SILENT
+    stream: Stream,
+    domains: tuple[str, ...],
+    batches: Sequence[Batch],
+    *,
+    ranks: Ranks | None = None,
+    folder: Path | None = None,
+    state: WalkState | None = None,
+    progress: Progress = SILENT,
 ) -> Statistics:
-    """Run ``model`` over ``corpus`` and return its routing statistics.
+    """Take ``batches`` through all layers of ``stream`` and return its routing statistics.
 
-    Raises OutputError if the routing recorded is not the routing that the model used.
+    Of several ``ranks`` each walks with its batches, and all return the statistics of all. ``folder``:
+    where hidden states go if not into memory; with a ``state`` they go there, and the walk goes on from
+    the last layer that an earlier one finished. Raises OutputError if the routing recorded is not the
+    routing that the model used.
     """
-    blocks = moe_blocks(model, anatomy)
-    collector = _Collector(anatomy, corpus.domains, {block.layer: block.experts.forward for block in blocks})
-    total = sum(corpus.tokens.values())
-    with observed(blocks, collector.visit), progress.task("profiling", total, "tokens") as advance:
-        for batch in batches_of(corpus, rows=rows_for(length), device=model.device):
-            collector.begin(batch)
-            logits_of(model, batch.tokens, batch.mask)
-            advance(batch.text_tokens)
-    if not all(np.isfinite(sums).all() for sums in collector.statistics.sums.values()):
-        raise CheckpointError(
-            "expert outputs or router logits are not numbers: the weights hold NaN or infinities, or overflow in this "
-            "--dtype; try float32"
-        )
+    ranks = ranks or Ranks()
+    mine = [batches[number] for number in ranks.mine(len(batches))]
+    collector = _Collector(stream.anatomy, domains)
+    sums = collector.statistics.sums
+    for batch in batches:
+        collector.statistics.seen[domains.index(batch.domain)] += batch.text_tokens
+    walk = Walk([stream], mine, folder if state is None else state.folder, keep=state is not None)
+    with progress.task("profiling", sum(batch.text_tokens for batch in mine), "tokens") as advance:
+        start = state.resumed(walk, sums, ranks) if state else 0
+        advance(sum(batch.text_tokens for batch in mine) * start / stream.source.layers)
+        for layer in walk.layers(start):
+            taken = []
+            for number, batch in enumerate(mine):
+                layer.move(stream, number, collector.visitor(batch))
+                taken.append(collector.taken())
+                advance(batch.text_tokens / stream.source.layers)
+            if layer.number in stream.anatomy.moe_layers:
+                parts = ranks.gathered(np.array(taken).reshape(len(taken), -1), len(batches))
+                collector.add(layer.number, [batch.domain for batch in batches], parts)
+            if state:
+                state.save(walk, layer.number + 1, sums, ranks)
     return collector.statistics
 
 
 class _Collector:
-    """Adds up observations; knows which rows of the batch at hand are text."""
+    """Turns observations into one row of sums for each batch and layer, and adds rows up in their order."""
 
-    def __init__(self, anatomy: Anatomy, domains: tuple[str, ...], stock: dict[int, object]) -> None:
+    def __init__(self, anatomy: Anatomy, domains: tuple[str, ...]) -> None:
         self.statistics = Statistics.empty(domains, anatomy.moe_layers, anatomy.experts, anatomy.top_k)
         self._title = anatomy.family.title
         self._routing = routing_of(anatomy)
-        self._stock = stock
         self._checked: set[int] = set()
-        self._domain = 0
         self._rows = torch.empty(0)
+        self._taken: Array = np.zeros(0)
 
-    def begin(self, batch: Batch) -> None:
-        """Announce the batch that the model is given next."""
-        self._domain = self.statistics.domains.index(batch.domain)
+    def visitor(self, batch: Batch) -> _Collector:
+        """Return who looks at ``batch`` on its way through a layer."""
         self._rows = batch.is_text.flatten().nonzero().squeeze(-1)
-        self.statistics.seen[self._domain] += batch.text_tokens
+        self._taken = np.zeros(self._width)
+        return self
 
-    def visit(self, block: MoeBlock, seen: Observation) -> None:
-        """Add one block's observation to the sums."""
+    def taken(self) -> Array:
+        """Return the row of the last batch: a value per expert of each name, then those per layer."""
+        return self._taken
+
+    def add(self, layer: int, domains: Sequence[str], rows: Array) -> None:
+        """Add the ``rows`` of all batches to the sums of ``layer``."""
+        experts = self.statistics.experts
+        number = self.statistics.layers.index(layer)
+        for domain, row in zip(domains, rows, strict=True):
+            place = (self.statistics.domains.index(domain), number)
+            for name, values in zip(_NAMES, row[: len(_NAMES) * experts].reshape(-1, experts), strict=True):
+                total = self.statistics.sums[name][place]
+                total[:] = np.maximum(total, values) if name == PEAK else total + values
+            for name, value in zip(PER_LAYER, row[len(_NAMES) * experts :], strict=True):
+                self.statistics.sums[name][place] += value
+        if not all(np.isfinite(sums[:, number]).all() for sums in self.statistics.sums.values()):
+            raise CheckpointError(
+                f"layer {layer}: expert outputs or router logits are not numbers: the weights hold NaN or infinities, "
+                "or overflow in this --dtype; try float32"
+            )
+
+    def __call__(self, block: MoeBlock, seen: Observation) -> None:
+        """Take one block's observation down."""
         if block.layer not in self._checked:
             self._check(block, seen)
             self._checked.add(block.layer)
-        logits, indices = seen.logits[self._rows], seen.indices[self._rows]
-        weights, norms = seen.weights[self._rows].double(), seen.norms[self._rows].double()
+        rows = self._rows.to(seen.logits.device)
+        logits, indices = seen.logits[rows], seen.indices[rows]
+        weights, norms = seen.weights[rows].double(), seen.norms[rows].double()
         scores = self._routing.scores(logits)
         first = self._routing.choose(scores, selection_bias(block), 1).squeeze(-1)
-        place = (self._domain, self.statistics.layers.index(block.layer))
         pull = weights * norms
-        for name, values in (
-            ("tokens", torch.ones_like(weights)),
-            ("weight", weights),
-            ("norm", norms),
-            ("norm2", norms.square()),
-            ("weighted_norm", pull),
-            ("weighted_norm2", pull.square()),
-        ):
-            self.statistics.sums[name][place] += self._per_expert(indices.flatten(), values.flatten())
-        self.statistics.sums["first_choice"][place] += self._per_expert(first, torch.ones_like(weights[:, 0]))
-        peak = torch.zeros(self.statistics.experts, dtype=torch.float64, device=pull.device)
-        peak.scatter_reduce_(0, indices.flatten(), pull.flatten(), "amax")
-        np.maximum(self.statistics.sums[PEAK][place], peak.cpu().numpy(), out=self.statistics.sums[PEAK][place])
+        chosen = indices.flatten()
+        columns = [
+            self._per_expert(chosen, values.flatten())
+            for values in (torch.ones_like(weights), weights, norms, norms.square(), pull, pull.square())
+        ]
+        columns.append(self._per_expert(first, torch.ones_like(weights[:, 0])))
+        columns.append(torch.zeros_like(columns[0]).scatter_reduce_(0, chosen, pull.flatten(), "amax"))
         shares = scores / scores.sum(-1, keepdim=True)
-        self.statistics.sums["entropy"][place] += float(torch.special.entr(shares.double()).sum())
         best = scores.topk(min(2, scores.shape[-1]), dim=-1).values.double()
-        self.statistics.sums["margin"][place] += float((best[:, 0] - best[:, -1]).sum())
+        ends = torch.stack([torch.special.entr(shares.double()).sum(), (best[:, 0] - best[:, -1]).sum()])
+        self._taken = torch.cat([*columns, ends]).cpu().numpy()
 
-    def _per_expert(self, experts: torch.Tensor, values: torch.Tensor) -> np.ndarray:
+    @property
+    def _width(self) -> int:
+        return len(_NAMES) * self.statistics.experts + len(PER_LAYER)
+
+    def _per_expert(self, experts: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         sums = torch.zeros(self.statistics.experts, dtype=torch.float64, device=values.device)
-        return sums.index_add_(0, experts, values).cpu().numpy()
+        return sums.index_add_(0, experts, values)
 
     def _check(self, block: MoeBlock, seen: Observation) -> None:
         if not seen.output.isfinite().all():
@@ -102,7 +145,7 @@ class _Collector:
                 f"layer {block.layer}: the experts' output is not finite: the weights hold NaN or infinities, "
                 "or overflow in this --dtype; try float32"
             )
-        if not replays(block, seen, self._stock[block.layer]):  # type: ignore[arg-type]
+        if not replays(block, seen):
             raise OutputError(
                 f"layer {block.layer}: replaying the recorded routing does not reproduce the block's output; "
                 f"moesurgeon's picture of {self._title}'s experts is wrong here, please report it"

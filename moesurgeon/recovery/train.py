@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from moesurgeon.engine.batches import Batch, to_batch
+from moesurgeon.engine.batches import Batch, batches_of, rows_for, to_batch
 from moesurgeon.engine.model import logits_of
 from moesurgeon.engine.routing import routing_of
+from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.errors import UsageError
-from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, measure
+from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, Measurement, measure
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.adapters import adapt_routers, adapted_routers, running_with
 from moesurgeon.recovery.estimator import learning_routers
@@ -83,6 +84,7 @@ def recover_routers(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     anatomy: Anatomy,
+    teacher_anatomy: Anatomy,
     train: Corpus,
     heldout: Corpus,
     *,
@@ -97,7 +99,8 @@ def recover_routers(
     """
     refuse_without_gradient(anatomy, losses.objective)
     torch.manual_seed(schedule.seed)
-    before = measure(student, heldout, length=length, teacher=teacher, progress=progress, label="judging")
+    judge = _Judge(student, anatomy, heldout, length)
+    before = judge.measured(Stream(Source.of_model(teacher, teacher_anatomy)), progress)
     count = before.positions.sum()
     loss_before = float(before.sums[:, LOSS].sum() / count)
     teacher_loss = float(before.sums[:, TEACHER_LOSS].sum() / count)
@@ -133,16 +136,28 @@ def recover_routers(
                 if step % schedule.judge_every == 0 or step == schedule.steps:
                     routers = adapted_routers(model, anatomy)
                     with running_with(model, anatomy, routers):
-                        judged = _mean_loss(student, heldout, length)
+                        judged = judge.loss()
                     result.log.append({"step": step, "loss": loss.item(), "balance": balance.item(), "heldout": judged})
                     if judged < result.loss_after:
                         result.loss_after, result.routers = judged, routers
     return result
 
 
-def _mean_loss(model: PreTrainedModel, corpus: Corpus, length: int) -> float:
-    measured = measure(model, corpus, length=length)
-    return float(measured.sums[:, LOSS].sum() / measured.positions.sum())
+class _Judge:
+    """Measures ``student`` as it is on held-out text."""
+
+    def __init__(self, student: PreTrainedModel, anatomy: Anatomy, heldout: Corpus, length: int) -> None:
+        self._stream = Stream(Source.of_model(student, anatomy))
+        self._domains = heldout.domains
+        self._batches = list(batches_of(heldout, rows=rows_for(length), device=student.device))
+
+    def measured(self, teacher: Stream, progress: Progress) -> Measurement:
+        return measure(self._stream, self._domains, self._batches, teacher=teacher, progress=progress, label="judging")
+
+    def loss(self) -> float:
+        """Return the mean loss per predicted token."""
+        measured = measure(self._stream, self._domains, self._batches)
+        return float(measured.sums[:, LOSS].sum() / measured.positions.sum())
 
 
 def _loss(model: Any, teacher: PreTrainedModel, batch: Batch, losses: Losses) -> torch.Tensor:

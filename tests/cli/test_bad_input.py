@@ -457,7 +457,7 @@ def test_config_that_only_the_model_reads(command: str, changes: dict[str, objec
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, **changes}))
     outcome = moesurgeon(*[source if part == MIXTRAL else part for part in RUNNING[command](out)], *TEXT)
-    one_line(outcome, INPUT, "transformers" if changes != {"vocab_size": "big"} else "vocab_size")
+    one_line(outcome, INPUT, "config.json" if changes != {"vocab_size": "big"} else "vocab_size")
 
 
 @running
@@ -561,7 +561,7 @@ def test_recipe_that_asks_for_the_impossible(
     rest: str, says: tuple[str, ...], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found before the first evaluation, not after an hour of work."""
-    monkeypatch.setattr("moesurgeon.pipeline.evaluate.load_model", pytest.fail)
+    monkeypatch.setattr("moesurgeon.pipeline.evaluate.ready", pytest.fail)
     path = tmp_path / "recipe.yaml"
     path.write_text(f"checkpoint: {MIXTRAL}\n{rest}\n")
     refused(USAGE, "run", path, "-o", out, says=says)

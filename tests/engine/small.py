@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moesurgeon.engine import deepseek_v1
+from moesurgeon.engine.batches import Batch, batches_of, rows_for
 from moesurgeon.engine.device import Placement
-from moesurgeon.engine.model import load_model
+from moesurgeon.engine.streams import Overlay, Source, Stream
+from moesurgeon.engine.whole import load_model
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.traces.windows import Corpus, Window
 
@@ -96,6 +100,25 @@ def saved(model: PreTrainedModel, folder: Path) -> Subject:
 def running(subject: Subject, placement: Placement = CPU_FLOAT32) -> PreTrainedModel:
     """Load the checkpoint as every command does."""
     return load_model(subject.checkpoint, subject.anatomy, placement)
+
+
+def source_of(subject: Subject, placement: Placement = CPU_FLOAT32) -> Source:
+    """Return the checkpoint ready to walk; its files are closed when nobody has it any more."""
+    source = Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement)
+    files = source._files
+    assert files is not None
+    weakref.finalize(source, files[1].__exit__, None, None, None)
+    return source
+
+
+def stream_of(subject: Subject, placement: Placement = CPU_FLOAT32, overlay: Overlay | None = None) -> Stream:
+    """Return the only stream of the checkpoint."""
+    return Stream(source_of(subject, placement), overlay)
+
+
+def batches_for(corpus: Corpus, length: int, rows: int | None = None) -> Sequence[Batch]:
+    """Return the batches of windows of up to ``length`` tokens that every command makes."""
+    return list(batches_of(corpus, rows=rows or rows_for(length), device=torch.device("cpu")))
 
 
 def random_windows(

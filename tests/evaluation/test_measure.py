@@ -11,23 +11,44 @@ import torch
 from transformers import PreTrainedModel
 
 from moesurgeon.engine.batches import rows_for
+from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
 from moesurgeon.evaluation import measure as measuring
 from moesurgeon.evaluation.measure import AGREEMENT, ESAP, KL, LOSS, TEACHER_LOSS, Measurement, measure
+from moesurgeon.pipeline.subject import Subject
 from moesurgeon.traces.windows import Corpus, Window
-from tests.engine.small import VOCABULARY, corpus_of, random_windows, running, saved, small_model
+from tests.engine.small import (
+    VOCABULARY,
+    batches_for,
+    corpus_of,
+    random_windows,
+    running,
+    saved,
+    small_model,
+    source_of,
+    stream_of,
+)
 
 LENGTH = 40
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, PreTrainedModel]:
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, Subject]:
     """A model and its teacher: of different families, with one vocabulary."""
     folder = tmp_path_factory.mktemp("models")
     return (
-        running(saved(small_model("mixtral"), folder / "model")),
-        running(saved(small_model("deepseek_v1", seed=1), folder / "teacher")),
+        saved(small_model("mixtral"), folder / "model"),
+        saved(small_model("deepseek_v1", seed=1), folder / "teacher"),
     )
+
+
+@pytest.fixture(scope="module")
+def streams(subjects: tuple[Subject, Subject]) -> tuple[Stream, Stream]:
+    return stream_of(subjects[0]), stream_of(subjects[1])
+
+
+def _measure(stream: Stream, corpus: Corpus, teacher: Stream | None = None, rows: int | None = None) -> Measurement:
+    return measure(stream, corpus.domains, batches_for(corpus, LENGTH, rows), teacher=teacher)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +60,8 @@ def corpus() -> Corpus:
 
 
 @pytest.fixture(scope="module")
-def measured(models: tuple[PreTrainedModel, PreTrainedModel], corpus: Corpus) -> Measurement:
-    return measure(models[0], corpus, length=LENGTH, teacher=models[1])
+def measured(streams: tuple[Stream, Stream], corpus: Corpus) -> Measurement:
+    return _measure(streams[0], corpus, streams[1])
 
 
 def _plain(model: PreTrainedModel, teacher: PreTrainedModel, window: Window) -> np.ndarray:
@@ -66,11 +87,12 @@ def _by_window(corpus: Corpus) -> Iterator[Window]:
 
 
 def test_every_sum_is_that_of_the_plain_formulas(
-    models: tuple[PreTrainedModel, PreTrainedModel], corpus: Corpus, measured: Measurement
+    subjects: tuple[Subject, Subject], corpus: Corpus, measured: Measurement
 ) -> None:
-    by_position = np.zeros((LENGTH, 6))
+    model, teacher = (running(subject) for subject in subjects)
+    by_position = np.zeros((max(len(window.tokens) for window in corpus.windows), 6))
     for number, window in enumerate(_by_window(corpus)):
-        columns = _plain(*models, window)
+        columns = _plain(model, teacher, window)
         np.testing.assert_allclose(measured.sums[number], columns.sum(axis=0), rtol=1e-5, atol=1e-5)
         assert measured.domains[measured.domain[number]] == window.domain
         assert measured.document[number] == window.document
@@ -86,18 +108,17 @@ def test_every_sum_is_that_of_the_plain_formulas(
     assert np.array_equal(agreements, agreements.round())
 
 
-def test_a_model_is_no_distance_from_itself(models: tuple[PreTrainedModel, PreTrainedModel], corpus: Corpus) -> None:
-    measured = measure(models[0], corpus, length=LENGTH, teacher=models[0])
+def test_a_model_is_no_distance_from_itself(subjects: tuple[Subject, Subject], corpus: Corpus) -> None:
+    source = source_of(subjects[0])
+    measured = _measure(Stream(source), corpus, Stream(source))
     assert (measured.sums[:, KL] == 0).all()
     assert np.array_equal(measured.sums[:, LOSS], measured.sums[:, TEACHER_LOSS])
     assert np.array_equal(measured.sums[:, AGREEMENT], measured.positions)
     np.testing.assert_allclose(measured.sums[:, ESAP], measured.positions, rtol=1e-6)
 
 
-def test_a_teacher_changes_no_loss(
-    models: tuple[PreTrainedModel, PreTrainedModel], corpus: Corpus, measured: Measurement
-) -> None:
-    alone = measure(models[0], corpus, length=LENGTH)
+def test_a_teacher_changes_no_loss(streams: tuple[Stream, Stream], corpus: Corpus, measured: Measurement) -> None:
+    alone = _measure(streams[0], corpus)
     assert not alone.has_teacher
     assert np.array_equal(alone.sums[:, LOSS], measured.sums[:, LOSS])
     assert (alone.sums[:, 1:] == 0).all()
@@ -107,15 +128,14 @@ def test_a_teacher_changes_no_loss(
 def test_neither_batches_nor_blocks_of_positions_matter(
     rows: int,
     block: int,
-    models: tuple[PreTrainedModel, PreTrainedModel],
+    streams: tuple[Stream, Stream],
     corpus: Corpus,
     measured: Measurement,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert rows != rows_for(LENGTH)
-    monkeypatch.setattr(measuring, "rows_for", lambda length: rows)
-    monkeypatch.setattr(measuring, "_BLOCK", block)
-    again = measure(models[0], corpus, length=LENGTH, teacher=models[1])
+    monkeypatch.setattr(measuring, "LOGIT_POSITIONS", block)
+    again = _measure(streams[0], corpus, streams[1], rows)
     for name in ("sums", "by_position"):
         np.testing.assert_allclose(getattr(again, name), getattr(measured, name), rtol=1e-5, atol=1e-5)
     for name in ("domain", "document", "positions"):
@@ -123,21 +143,21 @@ def test_neither_batches_nor_blocks_of_positions_matter(
 
 
 def test_checkpoints_of_different_vocabularies_are_not_compared(
-    models: tuple[PreTrainedModel, PreTrainedModel], corpus: Corpus, tmp_path: Path
+    streams: tuple[Stream, Stream], corpus: Corpus, tmp_path: Path
 ) -> None:
-    other = running(saved(small_model("mixtral", vocab_size=VOCABULARY + 1), tmp_path / "other"))
+    other = stream_of(saved(small_model("mixtral", vocab_size=VOCABULARY + 1), tmp_path / "other"))
     with pytest.raises(UsageError, match=r"vocabularies differ \(96 and 97 tokens\)") as raised:
-        measure(models[0], corpus, length=LENGTH, teacher=other)
+        _measure(streams[0], corpus, other)
     assert raised.value.exit_code == 2
 
 
 def test_the_model_is_not_asked_for_logits_of_padding_or_for_a_cache(
-    models: tuple[PreTrainedModel, PreTrainedModel], corpus: Corpus
+    streams: tuple[Stream, Stream], corpus: Corpus
 ) -> None:
     """Whatever padding holds, the sums are the same: a longer neighbour changes nothing."""
     short = min(corpus.windows, key=lambda window: len(window.tokens))
     domain = [window for window in corpus.windows if window.domain == short.domain]
-    alone = measure(models[0], corpus_of([short]), length=LENGTH)
-    among = measure(models[0], corpus_of(domain), length=LENGTH)
+    alone = _measure(streams[0], corpus_of([short]))
+    among = _measure(streams[0], corpus_of(domain))
     row = int(np.flatnonzero(among.positions == len(short.tokens) - 1)[0])
     np.testing.assert_allclose(among.sums[row, LOSS], alone.sums[0, LOSS], rtol=1e-5)

@@ -10,13 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moesurgeon.engine.batches import Batch
 from moesurgeon.engine.device import Placement
-from moesurgeon.engine.model import load_model, moe_blocks
 from moesurgeon.engine.model import logits_of as our_logits
+from moesurgeon.engine.model import moe_blocks
 from moesurgeon.engine.observe import observed, replays
 from moesurgeon.engine.routing import routing_of
+from moesurgeon.engine.streams import Source, Stream
+from moesurgeon.engine.walk import Walk
+from moesurgeon.engine.whole import load_model
 from moesurgeon.errors import CheckpointError, UsageError
-from moesurgeon.evaluation.measure import _log_probabilities
 from moesurgeon.families import FAMILIES
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.profiling.profiler import follows_rule
@@ -270,9 +273,11 @@ def test_what_runs_is_measured_and_learns(stock: Stock, name: str) -> None:
     model = load_model(subject.checkpoint, subject.anatomy, Placement(torch.device("cpu"), torch.float32))
     tokens = torch.arange(40).reshape(2, 20)
     expected = our_logits(model, tokens, None)
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        assert torch.allclose(_log_probabilities(model, hidden), expected.log_softmax(-1), atol=1e-5)
+    stream = Stream(Source.of_model(model, subject.anatomy))
+    walk = Walk([stream], [Batch("text", (), tokens, None)])
+    walk.through()
+    for tail in walk.tail():
+        assert torch.allclose(tail.logits(stream, 0, 0, 20), expected, atol=1e-5)
     with learning_routers(model, subject.anatomy, candidates=None) as routed:
         adapted = adapt_routers(model, subject.anatomy, rank=2)
         logits = adapted(input_ids=tokens, use_cache=False).logits

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moesurgeon.engine import observe
 from moesurgeon.engine.device import Placement
 from moesurgeon.engine.routing import routing_of
+from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.errors import OutputError
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.profiling import profiler
@@ -27,15 +28,15 @@ from moesurgeon.profiling.artefact import Origin, Profile, load_profile, save_pr
 from moesurgeon.profiling.profiler import take_profile
 from moesurgeon.profiling.statistics import PEAK, PER_EXPERT, PER_LAYER, Statistics
 from moesurgeon.traces.windows import Corpus, Window
-from tests.engine.small import corpus_of, random_windows, running, saved, small_model
+from tests.engine.small import batches_for, corpus_of, random_windows, running, saved, small_model, stream_of
 
 LENGTH = 40
 EXACT = ("tokens", "first_choice")
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Subject) -> PreTrainedModel:
-    return running(tiny)
+def stream(tiny: Subject) -> Stream:
+    return stream_of(tiny)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,12 @@ def corpus(tiny: Subject) -> Corpus:
 
 
 @pytest.fixture(scope="module")
-def taken(tiny: Subject, model: PreTrainedModel, corpus: Corpus) -> Statistics:
-    return take_profile(model, tiny.anatomy, corpus, length=LENGTH)
+def taken(stream: Stream, corpus: Corpus) -> Statistics:
+    return _profile(stream, corpus)
+
+
+def _profile(stream: Stream, corpus: Corpus, rows: int | None = None) -> Statistics:
+    return take_profile(stream, corpus.domains, batches_for(corpus, LENGTH, rows))
 
 
 @dataclass
@@ -166,13 +171,11 @@ def test_utilisation_is_the_share_of_tokens(tiny: Subject, taken: Statistics) ->
     np.testing.assert_allclose(share, taken.total("tokens") / (taken.seen.sum() * tiny.anatomy.top_k), rtol=1e-12)
 
 
-def test_profiles_add_up_to_the_profile_of_both_texts(
-    tiny: Subject, model: PreTrainedModel, corpus: Corpus, taken: Statistics
-) -> None:
+def test_profiles_add_up_to_the_profile_of_both_texts(stream: Stream, corpus: Corpus, taken: Statistics) -> None:
     # Halves of one domain, and a domain that only one of them has.
     first = corpus_of([w for n, w in enumerate(corpus.windows) if w.domain == "one" and n % 2])
     second = corpus_of([w for n, w in enumerate(corpus.windows) if w.domain == "two" or not n % 2])
-    parts = [take_profile(model, tiny.anatomy, part, length=LENGTH) for part in (first, second)]
+    parts = [_profile(stream, part) for part in (first, second)]
     assert parts[0].domains == ("one",)
     _same(parts[0].merged(parts[1]), taken)
     turned = parts[1].merged(parts[0])
@@ -182,18 +185,10 @@ def test_profiles_add_up_to_the_profile_of_both_texts(
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_neither_order_nor_batch_size_matters(
-    rows: int,
-    tiny: Subject,
-    model: PreTrainedModel,
-    corpus: Corpus,
-    taken: Statistics,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_neither_order_nor_batch_size_matters(rows: int, stream: Stream, corpus: Corpus, taken: Statistics) -> None:
     order = np.random.default_rng(7).permutation(len(corpus.windows))
     shuffled = replace(corpus, windows=[corpus.windows[index] for index in order])
-    monkeypatch.setattr(profiler, "rows_for", lambda length: rows)
-    _same(take_profile(model, tiny.anatomy, shuffled, length=LENGTH), taken)
+    _same(_profile(stream, shuffled, rows), taken)
 
 
 def test_a_profile_reads_back_as_it_was_saved(tiny: Subject, taken: Statistics, tmp_path: Path) -> None:
@@ -220,11 +215,12 @@ def test_a_profile_reads_back_as_it_was_saved(tiny: Subject, taken: Statistics, 
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-def test_profiling_leaves_the_model_as_it_was(tiny: Subject, model: PreTrainedModel, corpus: Corpus) -> None:
+def test_profiling_leaves_a_model_as_it_was(tiny: Subject, corpus: Corpus) -> None:
+    model = running(tiny)
     tokens = torch.from_numpy(corpus.windows[0].tokens.astype(np.int64))[None]
     with torch.no_grad():
         before = model(input_ids=tokens).logits
-        take_profile(model, tiny.anatomy, corpus_of(corpus.windows[:2]), length=LENGTH)
+        _profile(Stream(Source.of_model(model, tiny.anatomy)), corpus_of(corpus.windows[:2]))
         assert torch.equal(model(input_ids=tokens).logits, before)
 
 
@@ -246,15 +242,15 @@ CASES = [
 ]
 
 
-def _small(family: str, changes: dict[str, Any], folder: Path) -> tuple[Subject, PreTrainedModel, Corpus]:
+def _small(family: str, changes: dict[str, Any], folder: Path) -> tuple[Subject, Stream, Corpus]:
     subject = saved(small_model(family, **changes), folder / "model")
-    return subject, running(subject), corpus_of(random_windows("one", count=6, vocabulary=96, longest=LENGTH))
+    return subject, stream_of(subject), corpus_of(random_windows("one", count=6, vocabulary=96, longest=LENGTH))
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES)
 def test_every_family_is_profiled(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    subject, model, corpus = _small(family, changes, tmp_path)
-    taken = take_profile(model, subject.anatomy, corpus, length=LENGTH)
+    subject, stream, corpus = _small(family, changes, tmp_path)
+    taken = _profile(stream, corpus)
     counts, weights = np.zeros_like(taken.sums["tokens"][0]), np.zeros_like(taken.sums["weight"][0])
     for layer, seen, _ in _by_hand(subject, corpus.windows):
         row = taken.layers.index(layer)
@@ -269,9 +265,9 @@ def test_every_family_is_profiled(family: str, changes: dict[str, Any], tmp_path
 def test_rounding_in_bfloat16_is_not_taken_for_another_rule(family: str, tmp_path: Path) -> None:
     """DeepSeek v1 takes its softmax in the model's dtype: near ties fall as rounding has it."""
     subject = saved(small_model(family).to(torch.bfloat16), tmp_path / "model")
-    model = running(subject, Placement(torch.device("cpu"), torch.bfloat16))
+    stream = stream_of(subject, Placement(torch.device("cpu"), torch.bfloat16))
     corpus = corpus_of(random_windows("one", count=40, vocabulary=96, longest=LENGTH))
-    taken = take_profile(model, subject.anatomy, corpus, length=LENGTH)
+    taken = _profile(stream, corpus)
     assert taken.total("tokens").sum(axis=1).tolist() == [corpus.tokens["one"] * subject.anatomy.top_k] * len(
         taken.layers
     )
@@ -297,10 +293,10 @@ FALSE_RULES = [
 def test_a_false_rule_is_found_out(
     family: str, wrong: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject, model, corpus = _small(family, {}, tmp_path)
+    _, stream, corpus = _small(family, {}, tmp_path)
     monkeypatch.setattr(profiler, "routing_of", lambda anatomy: replace(routing_of(anatomy), **wrong))
     with pytest.raises(OutputError, match=r"the weights are not what the .* rule makes") as raised:
-        take_profile(model, subject.anatomy, corpus, length=LENGTH)
+        _profile(stream, corpus)
     assert raised.value.exit_code == 5
 
 
@@ -311,24 +307,24 @@ def test_a_false_rule_is_found_out_in_bfloat16(
     """Small raw weights (1/64 each and less) must not hide in an absolute tolerance."""
     changes = {"n_routed_experts": 64, "initializer_range": 0.02}
     subject = saved(small_model("deepseek_v1", **changes).to(torch.bfloat16), tmp_path / "model")
-    model = running(subject, Placement(torch.device("cpu"), torch.bfloat16))
+    stream = stream_of(subject, Placement(torch.device("cpu"), torch.bfloat16))
     corpus = corpus_of(random_windows("one", count=6, vocabulary=96, longest=LENGTH))
-    take_profile(model, subject.anatomy, corpus, length=LENGTH)
+    _profile(stream, corpus)
     monkeypatch.setattr(profiler, "routing_of", lambda anatomy: replace(routing_of(anatomy), **wrong))
     with pytest.raises(OutputError, match="the weights are not what"):
-        take_profile(model, subject.anatomy, corpus, length=LENGTH)
+        _profile(stream, corpus)
 
 
 def test_a_selection_bias_that_is_overlooked_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject, model, corpus = _small("deepseek_v3", {}, tmp_path)
+    _, stream, corpus = _small("deepseek_v3", {}, tmp_path)
     monkeypatch.setattr(profiler, "selection_bias", lambda router: None)
     with pytest.raises(OutputError, match="the weights are not what"):
-        take_profile(model, subject.anatomy, corpus, length=LENGTH)
+        _profile(stream, corpus)
 
 
 @pytest.mark.parametrize("wrong", ["gate and up swapped", "one expert for another"])
 def test_a_false_replay_is_found_out(
-    wrong: str, tiny: Subject, model: PreTrainedModel, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    wrong: str, stream: Stream, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def swapped(experts: Any, inputs_TH: torch.Tensor, indices_TK: torch.Tensor) -> Iterator[Any]:
         for expert in indices_TK.unique().tolist():
@@ -343,5 +339,5 @@ def test_a_false_replay_is_found_out(
     outputs = observe.expert_outputs
     monkeypatch.setattr(observe, "expert_outputs", swapped if wrong.startswith("gate") else shifted)
     with pytest.raises(OutputError, match="does not reproduce the block's output") as raised:
-        take_profile(model, tiny.anatomy, corpus, length=LENGTH)
+        _profile(stream, corpus)
     assert raised.value.exit_code == 5

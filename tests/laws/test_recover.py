@@ -20,6 +20,7 @@ from moesurgeon.checkpoint.reader import ShardReader
 from moesurgeon.engine.model import MoeBlock, logits_of, moe_blocks
 from moesurgeon.engine.observe import expert_outputs
 from moesurgeon.engine.routing import Routing, routing_of, selection_bias
+from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import NothingToDo, UsageError
 from moesurgeon.evaluation.measure import LOSS, measure
 from moesurgeon.pipeline import recover as pipeline
@@ -34,7 +35,7 @@ from moesurgeon.recovery.objective import Losses, distillation, language_loss
 from moesurgeon.recovery.train import NOISE, Recovered, Schedule, recover_routers
 from moesurgeon.surgery.retop import RetopSpec
 from moesurgeon.traces.windows import Corpus, Window
-from tests.engine.small import VOCABULARY, corpus_of, running, saved, small_model
+from tests.engine.small import VOCABULARY, batches_for, corpus_of, running, saved, small_model, stream_of
 
 LENGTH = 32
 
@@ -481,7 +482,7 @@ def test_what_is_written_is_the_best_state_and_as_good_as_reported(
     """On text that was not trained on, with the weights as they are stored (rounded to bfloat16 in one case)."""
     subject, report = recovered
     losses = {
-        name: _loss(running(one), case.heldout)
+        name: _loss(stream_of(one), case.heldout)
         for name, one in (("before", case.student), ("after", subject), ("teacher", case.teacher))
     }
     assert report["loss_before"] == pytest.approx(losses["before"], rel=1e-9)
@@ -493,8 +494,8 @@ def test_what_is_written_is_the_best_state_and_as_good_as_reported(
     assert report["gap_closed"] == pytest.approx((losses["before"] - losses["after"]) / gap, rel=1e-6)
 
 
-def _loss(model: PreTrainedModel, corpus: Corpus) -> float:
-    measured = measure(model, corpus, length=LENGTH)
+def _loss(stream: Stream, corpus: Corpus) -> float:
+    measured = measure(stream, corpus.domains, batches_for(corpus, LENGTH))
     return float(measured.sums[:, LOSS].sum() / measured.positions.sum())
 
 
@@ -508,7 +509,7 @@ def test_the_best_state_is_kept_when_a_later_one_is_worse(case: Case, monkeypatc
         return states[-1]
 
     monkeypatch.setattr(train, "adapted_routers", noted)
-    monkeypatch.setattr(train, "_mean_loss", lambda model, corpus, length: next(judgements))
+    monkeypatch.setattr(train._Judge, "loss", lambda judge: next(judgements))
     result = _recovered(case, replace(SCHEDULE, steps=4, judge_every=1))
     assert result.loss_after == 1.0
     assert result.routers is states[1]
@@ -521,6 +522,7 @@ def _recovered(case: Case, schedule: Schedule) -> Recovered:
         running(case.student),
         running(case.teacher),
         case.student.anatomy,
+        case.teacher.anatomy,
         case.training,
         case.heldout,
         length=LENGTH,
