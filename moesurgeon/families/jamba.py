@@ -21,4 +21,5 @@ JAMBA = Family(
     layouts=both_layouts({"{block}.router.weight": 0}, block="model.layers.{layer}.feed_forward"),
     block_module="model.layers.{layer}.feed_forward",
     router_module="router",
+    trained_since="5.23",
 )

@@ -20,11 +20,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
 from moesurgeon.engine.model import MoeBlock, moe_blocks
 from moesurgeon.engine.routing import Routing, routing_of, selection_bias
+from moesurgeon.errors import CheckpointError
 from moesurgeon.surgery.anatomy import Anatomy
 
 
@@ -58,6 +61,12 @@ def learning_routers(model: PreTrainedModel, anatomy: Anatomy, *, candidates: in
     routing = routing_of(anatomy)
     routed: list[Routed] = []
     candidates = min(candidates or anatomy.experts, anatomy.experts)
+    since = anatomy.family.trained_since
+    if since is not None and Version(transformers.__version__) < Version(since):
+        raise CheckpointError(
+            f"transformers {transformers.__version__} lays the router of {anatomy.family.title} out otherwise than "
+            f"{since}, so that it cannot be trained; update transformers"
+        )
     blocks = moe_blocks(model, anatomy)
     originals = [block.router.forward for block in blocks]
     for block in blocks:
