@@ -8,7 +8,7 @@ import sys
 import typer
 
 import moesurgeon
-from moesurgeon.cli import evaluate, inspect, profile, prune, recover, retop, run, verify
+from moesurgeon.cli import evaluate, harness, inspect, profile, prune, recover, retop, run, verify
 
 app = typer.Typer(
     name="moesurgeon",
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich is slow to import and --help has to be quick
     pretty_exceptions_enable=False,
 )
-for command in (inspect, retop, profile, prune, recover, evaluate, verify, run):
+for command in (inspect, retop, profile, prune, recover, evaluate, harness, verify, run):
     app.command(command.NAME)(command.command)
 
 

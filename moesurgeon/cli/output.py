@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import typer
 
-from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, MoeSurgeonError, OutputError
+from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, GateFailed, MoeSurgeonError, OutputError
 from moesurgeon.progress import SILENT, Advance, Progress
 
 SCHEMA = 1
@@ -24,11 +24,12 @@ Report = dict[str, Any]
 
 
 def answer(as_json: bool, work: Callable[[Progress], Report], show: Callable[[Report], None]) -> None:
-    """Do ``work`` and print its report, as JSON or through ``show``; end the process as its errors say."""
+    """Do ``work`` and print its report, as JSON or through ``show``; end the process as its errors and gate say."""
     try:
         try:
             report = work(SILENT if as_json else Bars())
             _print(report, None if as_json else show)
+            failed = _failed_gate(report)
         except KeyboardInterrupt as error:  # says more where finished shards wait for the next run
             _fail(as_json, str(error) or "interrupted; nothing that looks finished was left behind", EXIT_INTERRUPTED)
         except MoeSurgeonError as error:
@@ -40,6 +41,9 @@ def answer(as_json: bool, work: Callable[[Progress], Report], show: Callable[[Re
         except Exception as error:  # noqa: BLE001 - the end of the line: shown as the bug that it is
             traceback.print_exc()
             _fail(as_json, f"bug in moesurgeon ({type(error).__name__}): please report the lines above", EXIT_BUG)
+        if failed:  # said, but the report is the result all the same
+            print(f"moesurgeon: {failed}", file=sys.stderr)
+            raise typer.Exit(GateFailed.exit_code)
     except BrokenPipeError:  # the reader had enough, as in "| head"
         _discard(sys.stdout, sys.stderr)
         raise typer.Exit(EXIT_PIPE) from None
@@ -58,6 +62,16 @@ def _print(report: Report, show: Callable[[Report], None] | None) -> None:
     except OSError as error:
         _discard(sys.stdout)
         raise OutputError(f"the result could not be printed ({error.strerror}); the work itself is done") from error
+
+
+def _failed_gate(report: Report) -> str | None:
+    """Return what to say of a report with a gate that did not hold."""
+    gate = report.get("gate")
+    if gate is None or gate["passed"]:
+        return None
+    from moesurgeon.evaluation.gate import failure
+
+    return failure(gate)
 
 
 def _fail(as_json: bool, message: str, code: int) -> None:

@@ -16,8 +16,8 @@ from tests.cli import invoke
 from tests.cli.invoke import finished, succeeded
 from tests.conftest import BUILTIN
 
-COMMANDS = ("inspect", "retop", "profile", "prune", "recover", "evaluate", "verify", "run")
-HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pyarrow", "huggingface_hub", "rich")
+COMMANDS = ("inspect", "retop", "profile", "prune", "recover", "evaluate", "harness", "verify", "run")
+HEAVY = ("torch", "lm_eval", "transformers", "peft", "accelerate", "datasets", "pyarrow", "huggingface_hub", "rich")
 
 
 def test_help_lists_every_command() -> None:
