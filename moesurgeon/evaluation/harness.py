@@ -23,7 +23,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel
 
-from moesurgeon.engine.batches import Batch, to_batch
+from moesurgeon.engine.batches import Batch, rows_for, to_batch
 from moesurgeon.engine.budget import LOGIT_POSITIONS
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Tail, Walk
@@ -32,7 +32,6 @@ from moesurgeon.evaluation.continuations import decoded, same_lengths
 from moesurgeon.progress import Progress
 from moesurgeon.traces.windows import Window
 
-_TOKENS = 8192  # of a batch
 _NEW_TOKENS = 256  # where a task does not say, as lm-eval
 
 Request = tuple[Any, list[int], list[int]]
@@ -208,7 +207,7 @@ def _by_tokens(inputs: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int
     """Divide inputs, longest first, into batches of about as many tokens each."""
     start = 0
     while start < len(inputs):
-        stop = start + max(1, _TOKENS // len(inputs[start]))
+        stop = start + rows_for(len(inputs[start]))
         yield inputs[start:stop]
         start = stop
 

@@ -19,6 +19,7 @@ from moesurgeon.traces.sources import Reading, read_documents
 from moesurgeon.traces.spec import TraceSpec
 
 SHORTEST = 8  # tokens; fewer say little, and are mostly special tokens
+_MOST_ROWS = 64  # results are kept by row of a batch, as many as the largest batch has
 _BATCH_DOCUMENTS = 16
 _BATCH_CHARACTERS = 1 << 17
 
@@ -122,14 +123,19 @@ def take_windows(
     return windows
 
 
-def batches(windows: Sequence[Window], rows: int) -> Iterator[list[Window]]:
+def batches(windows: Sequence[Window], rows: int, tokens: int = 0) -> Iterator[list[Window]]:
     """Yield groups of at most ``rows`` windows, longest first: windows of a group are about as long.
 
-    Equal lengths stay in the order given. Every window comes once.
+    A group of short windows has more rows, up to 64 and ``tokens`` with its padding: where one document
+    fills a long window, a hundred others are not taken one by one. Equal lengths stay in the order
+    given. Every window comes once.
     """
     ordered = sorted(windows, key=lambda window: -len(window.tokens))
-    for start in range(0, len(ordered), rows):
-        yield ordered[start : start + rows]
+    start = 0
+    while start < len(ordered):
+        stop = start + max(rows, min(_MOST_ROWS, tokens // len(ordered[start].tokens)))
+        yield ordered[start:stop]
+        start = stop
 
 
 def _small_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

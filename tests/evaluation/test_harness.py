@@ -122,7 +122,7 @@ def test_neither_batches_nor_blocks_nor_memory_matter(
     source = source_of(tiny_mixtral)
     source.supply.allow(source.supply.least)
     assert not source.supply.plan.is_resident
-    monkeypatch.setattr(harness, "_TOKENS", tokens)
+    monkeypatch.setattr(harness, "rows_for", lambda length: max(1, tokens // length))
     monkeypatch.setattr(harness, "LOGIT_POSITIONS", positions)
     again = _walking(tiny_mixtral, source).loglikelihood(_asked(PAIRS))
     assert [logprob for logprob, _ in again] == pytest.approx([logprob for logprob, _ in expected], abs=1e-3)

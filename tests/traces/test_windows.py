@@ -85,6 +85,14 @@ def test_batches_hold_every_window_once_and_the_longest_first(lengths: list[int]
     assert list(map(id, flat)) == [id(window) for group in batches(windows, rows) for window in group]
 
 
+def test_batches_of_short_windows_have_more_rows() -> None:
+    windows = take_windows(_documents([4096, 300, *[20] * 150]), "d", _bytes, length=4096, max_tokens=None)
+    assert [len(group) for group in batches(windows, 1)] == [1] * 152
+    sizes = [[len(window.tokens) for window in group] for group in batches(windows, 1, 4096)]
+    assert [len(group) for group in sizes] == [1, 13, 64, 64, 10]
+    assert all(len(group) * group[0] <= 4096 for group in sizes)
+
+
 def test_a_corpus_divides_its_budget_evenly() -> None:
     specs = parse_traces(["builtin:arithmetic", "sums=builtin:arithmetic", "builtin:json"])
     corpus = load_corpus(specs, _bytes, splits=["report"] * len(specs), length=512, max_tokens=10_001)
