@@ -14,8 +14,9 @@ from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
+from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan
-from moesurgeon.surgery.prune import Kept, check_count, plan_prune
+from moesurgeon.surgery.prune import Kept, check_count, plan_prune, with_mtp_layers
 
 if TYPE_CHECKING:
     from moesurgeon.profiling.artefact import Profile
@@ -44,7 +45,8 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
     subject = open_subject(source)
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
-    kept, how = _choice(subject, spec)
+    chosen, how = _choice(subject, spec)
+    kept = with_mtp_layers(anatomy, chosen)
     try:
         plan = plan_prune(anatomy, kept)
     except UsageError as error:
@@ -64,7 +66,7 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
         },
         "experts_before": anatomy.experts,
         "experts_after": after,
-        "warnings": parallel_warnings(anatomy.experts, after),
+        "warnings": [*_warnings(anatomy, chosen, after), *parallel_warnings(anatomy.experts, after)],
         "stages": [],
         "healing": [],
         **how,
@@ -73,6 +75,35 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
     for warning in report["warnings"]:
         progress.note(f"note: {warning}")
     return report
+
+
+def _warnings(anatomy: Anatomy, chosen: Kept, after: int) -> list[str]:
+    """Say what was decided without being measured."""
+    warnings = []
+    followers = [layer for layer in anatomy.mtp_layers if layer not in chosen]
+    if followers and after < anatomy.experts:
+        warnings.append(
+            f"{_layers(followers)} (multi-token prediction) as layer {max(anatomy.moe_layers)}: nothing was measured "
+            "there, since transformers does not run them; --keep-experts can name other experts"
+        )
+    by_table = sorted({role.layer for _name, role in anatomy.of_kind("table") if role.layer is not None})
+    if by_table and after < anatomy.experts:
+        share = (anatomy.experts - after) / anatomy.experts
+        warnings.append(
+            f"{_layers(by_table)} by a table from token to experts: the entries of pruned experts (about {share:.0%}) "
+            f"are given evenly to those that stay; the cost cannot be measured, moesurgeon does not run "
+            f"{anatomy.family.title}"
+        )
+    return warnings
+
+
+def _layers(numbers: list[int]) -> str:
+    """Return a subject and its verb.
+
+    >>> _layers([4]), _layers([0, 1])
+    ('layer 4 chooses', 'layers 0, 1 choose')
+    """
+    return f"layer {numbers[0]} chooses" if len(numbers) == 1 else f"layers {', '.join(map(str, numbers))} choose"
 
 
 def _choice(subject: Subject, spec: PruneSpec) -> tuple[Kept, dict[str, Any]]:
