@@ -16,6 +16,8 @@ from moesurgeon.surgery.anatomy import Anatomy
 
 # The spellings of quantisation scales; other tensors may be called scale and be weights.
 _SCALES = re.compile(r"(weight_scale(_inv)?|_proj_scale(_inv)?|_scales|\.scale|\.qscale_\w+|(input|activation)_scale)$")
+# What two weights of four bits are stored as.
+_BYTES = ("I8", "U8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,13 @@ def _routed(anatomy: Anatomy, layers: tuple[int, ...], *, biases: bool = True) -
 
 
 def _weights(anatomy: Anatomy, name: str) -> int:
-    """Number of weights in a tensor; 0 for scales, two per byte in MXFP4 blocks."""
+    """Number of weights in a tensor; 0 for scales, two per byte in FP4 (MXFP4 blocks, DeepSeek-V4's experts)."""
+    spec, role = anatomy.tensors[name], anatomy.roles[name]
+    count = math.prod(spec.shape)
     if not name.endswith(".weight") and _SCALES.search(name):
         # What is only called scale, and belongs to no quantised weight, is a weight itself.
         belongs = not name.endswith(".scale") or f"{name.removesuffix('scale')}weight" in anatomy.tensors
         if belongs:
             return 0
-    return math.prod(anatomy.tensors[name].shape) * (2 if name.endswith("_blocks") else 1)
+    halved = role.kind == "expert" and spec.dtype in _BYTES and 2 * count == anatomy.hidden * anatomy.expert_width
+    return count * (2 if halved or name.endswith("_blocks") else 1)

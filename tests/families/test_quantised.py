@@ -52,6 +52,20 @@ def test_blocks_and_scales_of_gpt_oss_go_with_their_experts(stock: Stock, tmp_pa
     same(load_tensors(tmp_path / "pruned"), pruned(tensors, kept_of(source)))
 
 
+def test_deepseek_v4_as_it_is_published(stock: Stock, tmp_path: Path) -> None:
+    """Experts of four bits, two to a byte, with a power of two for 32 of them; the extra layer's as well."""
+    tensors, generator = load_tensors(stock("deepseek_v4 mtp")), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if ".experts." in name]:
+        rows, columns = tensors.pop(name).shape
+        packed = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8, generator=generator)
+        scale = torch.randint(120, 126, (rows, columns // 32), dtype=torch.uint8, generator=generator)
+        tensors |= {name: packed, name.removesuffix("weight") + "scale": scale.view(torch.float8_e8m0fnu)}
+    source = open_subject(str(save_tensors(tmp_path / "fp4", config_of(stock("deepseek_v4 mtp")), tensors)))
+    assert count_parameters(source.anatomy) == count_parameters(open_subject(str(stock("deepseek_v4 mtp"))).anatomy)
+    apply(plan_prune(source.anatomy, kept_of(source)), source.checkpoint, tmp_path / "pruned")
+    same(load_tensors(tmp_path / "pruned"), pruned(tensors, kept_of(source)))
+
+
 def _dequantised(folder: Path, how: Any) -> PreTrainedModel:
     """Load ``folder`` in stock transformers without any quantised kernel; every tensor must have its place."""
     with warnings.catch_warnings():
