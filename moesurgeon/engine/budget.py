@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from moesurgeon import launched
 from moesurgeon.engine.batches import Batch
 from moesurgeon.engine.device import Placement
 from moesurgeon.engine.streams import Source
@@ -30,7 +31,7 @@ def share_out(limit: int | None, sources: Sequence[Source], batches: Sequence[Ba
     UsageError if not even two layers fit.
     """
     placement = sources[0].placement
-    working = max(_working_bytes(source.anatomy, placement, batches) for source in sources)
+    working = max(working_bytes(source.anatomy, placement, batches) for source in sources)
     if placement.spread:
         from moesurgeon.engine.spread import devices_for
 
@@ -56,7 +57,7 @@ def share_out(limit: int | None, sources: Sequence[Source], batches: Sequence[Ba
     return fits
 
 
-def _working_bytes(anatomy: Anatomy, placement: Placement, batches: Sequence[Batch]) -> int:
+def working_bytes(anatomy: Anatomy, placement: Placement, batches: Sequence[Batch]) -> int:
     """Return about what the largest batch needs in a layer, or its block of logits in the head.
 
     In a layer: queries, keys, values and residuals (16 x hidden), and for each expert of a token its gate, up,
@@ -75,7 +76,7 @@ def _free(limit: int | None, device: torch.device) -> int:
         return min(limit, available) if limit is not None else int(_SHARE * available)
     if limit is not None:
         return limit - int(psutil.Process().memory_info().rss)
-    return int(_SHARE * _available())
+    return int(_SHARE * _available()) // launched.size_here()
 
 
 def _available() -> int:
