@@ -54,3 +54,10 @@ MaxMemory = Annotated[
         "layer. Default: most of what is free.",
     ),
 ]
+HealMethod = Annotated[
+    Literal["none", "scale", "ridge", "distill"],
+    typer.Option(help="How layers are healed; distill begins with ridge. none: only measure."),
+]
+HealTokens = Annotated[int, typer.Option(min=8, help="Tokens to heal on, for all traces together.")]
+HealSteps = Annotated[int, typer.Option(min=1, help="Optimiser steps for each layer at most (distill).")]
+HealRouter = Annotated[bool, typer.Option("--heal-router", help="Train the routers along (distill).")]

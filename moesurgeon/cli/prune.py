@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moesurgeon.cli import options
+from moesurgeon.cli.healed import heal_spec, show_healing
 from moesurgeon.cli.output import Report, answer
 from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.cli.written import show_written
@@ -27,6 +28,20 @@ def command(
     ] = None,
     criterion: Annotated[str, typer.Option(help="frequency, gate, ean, man, reap, traffic-reap or random.")] = "reap",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the random criterion.")] = 0,
+    heal: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]PATH[:COLUMN]",
+            help="Heal the layers on this text before writing. Repeat for more; builtin:all for the builtin traces.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    heal_method: options.HealMethod = "distill",
+    heal_tokens: options.HealTokens = 98304,
+    heal_steps: options.HealSteps = 600,
+    heal_router: options.HealRouter = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_memory: options.MaxMemory = None,
     layout: options.Layout = None,
     link: options.Link = False,
     shard_size: options.ShardSize = None,
@@ -38,11 +53,17 @@ def command(
     """Remove experts: the same number from every layer, chosen by what a profile measured."""
 
     def work(progress: Progress) -> Report:
-        from moesurgeon.pipeline.options import Writing
+        from moesurgeon.pipeline.options import Running, Writing
         from moesurgeon.pipeline.prune import PruneSpec, prune
 
         spec = PruneSpec(
-            profile=profile, keep=keep, ratio=ratio, keep_experts=keep_experts, criterion=criterion, seed=seed
+            profile=profile,
+            keep=keep,
+            ratio=ratio,
+            keep_experts=keep_experts,
+            criterion=criterion,
+            seed=seed,
+            heal=heal_spec(heal, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router),
         )
         writing = Writing(
             output=output,
@@ -53,7 +74,8 @@ def command(
             dry_run=dry_run,
             allow_noop=allow_noop,
         )
-        return prune(source, spec, writing, progress)
+        running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
+        return prune(source, spec, writing, progress, running)
 
     answer(json, work, _show)
 
@@ -62,4 +84,5 @@ def _show(report: Report) -> None:
     print(f"{report['experts_before']} -> {report['experts_after']} experts per layer, by {report['criterion']}")
     for layer, experts in report["dropped"].items():
         print(f"  layer {layer} loses {', '.join(map(str, experts)) or 'none'}")
+    show_healing(report)
     show_written(report)

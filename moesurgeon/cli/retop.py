@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moesurgeon.cli import options
+from moesurgeon.cli.healed import heal_spec, show_healing
 from moesurgeon.cli.output import Report, amount, answer
 from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.cli.written import show_written
@@ -19,6 +20,20 @@ def command(
     source: options.Source,
     output: options.Output,
     top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 1,
+    calibrate: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]PATH[:COLUMN]",
+            help="Heal the layers on this text before writing. Repeat for more; builtin:all for the builtin traces.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    heal_method: options.HealMethod = "distill",
+    heal_tokens: options.HealTokens = 98304,
+    heal_steps: options.HealSteps = 600,
+    heal_router: options.HealRouter = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_memory: options.MaxMemory = None,
     layout: options.Layout = None,
     link: options.Link = False,
     shard_size: options.ShardSize = None,
@@ -30,7 +45,7 @@ def command(
     """Route every token to fewer experts: a config edit, the weights are copied or linked."""
 
     def work(progress: Progress) -> Report:
-        from moesurgeon.pipeline.options import Writing
+        from moesurgeon.pipeline.options import Running, Writing
         from moesurgeon.pipeline.retop import retop
         from moesurgeon.surgery.retop import RetopSpec
 
@@ -43,7 +58,9 @@ def command(
             dry_run=dry_run,
             allow_noop=allow_noop,
         )
-        return retop(source, RetopSpec(top_k=top_k), writing, progress)
+        running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
+        healing = heal_spec(calibrate, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router)
+        return retop(source, RetopSpec(top_k=top_k), writing, progress, heal=healing, running=running)
 
     answer(json, work, _show)
 
@@ -53,4 +70,5 @@ def _show(report: Report) -> None:
     print(f"top-{report['top_k']['before']} -> top-{report['top_k']['after']}")
     print(f"  {report['output_scale']}")
     print(f"  FLOPs per token: {amount(flops['before'])} -> {amount(flops['after'])}")
+    show_healing(report)
     show_written(report)

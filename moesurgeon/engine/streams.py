@@ -179,6 +179,18 @@ class Stream:
             tensor = delta.added_to(tensor)
         self.skeleton.put(name, tensor)
 
+    def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor`` with the rounding that writing it under the running name ``name`` would bring."""
+        dtype = DTYPES[self.anatomy.tensors[self._destinations.pieces[name][0].source].dtype]
+        return tensor.to(dtype).to(tensor.dtype)
+
+    def stored_values(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (stored name, values in the stored dtype) of what the overlay puts in place of ``name``."""
+        tensor = self.overlay.tensors[name]
+        for piece in self._destinations.pieces[name]:
+            spec = self.anatomy.tensors[piece.source]
+            yield piece.source, piece.view(tensor).reshape(spec.shape).to(DTYPES[spec.dtype]).contiguous()
+
     def _value(self, name: str, read: Tensors) -> torch.Tensor:
         """Return the source's tensor where the plan leaves it as it is, else what the plan makes of it."""
         if self._is_shared(name):

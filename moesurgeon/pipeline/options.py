@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Ge
+
+from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.traces.documents import Split
 
 
@@ -51,3 +55,18 @@ class Running:
     device: str = "auto"
     dtype: str = "auto"
     max_memory: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealSpec:
+    """What heals a cut: the text, how much of it, and by which ``method`` ("none": only measure the damage).
+
+    ``traces`` are read in their calibration split (a user's own in the train split, the largest);
+    ``heldout_tokens`` of their validation split judge every step and the whole.
+    """
+
+    traces: tuple[str, ...] = ("builtin:all",)
+    method: Method = "distill"
+    max_tokens: Annotated[int, Ge(8)] = 98304
+    heldout_tokens: Annotated[int, Ge(8)] = 16384
+    pace: Pace = field(default_factory=Pace)

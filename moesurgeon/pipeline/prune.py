@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.errors import InputError, NothingToDo, ProfileError, UsageError
-from moesurgeon.pipeline.options import Writing
+from moesurgeon.pipeline.options import HealSpec, Running, Writing
 from moesurgeon.pipeline.subject import Subject, open_subject
-from moesurgeon.pipeline.write import finish, refuse_output
+from moesurgeon.pipeline.write import finish_healed, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.surgery.anatomy import Anatomy
@@ -29,7 +29,8 @@ class PruneSpec:
     """How many experts stay and by what they are chosen.
 
     Either ``keep_experts`` (a file with the choice) or ``profile`` with ``keep`` (a count per layer)
-    or ``ratio`` (the share to remove). ``seed`` is for the random criterion.
+    or ``ratio`` (the share to remove). ``seed`` is for the random criterion. ``heal``: repair the layers on
+    text before writing.
     """
 
     profile: Path | None = None
@@ -38,10 +39,17 @@ class PruneSpec:
     keep_experts: Path | None = None
     criterion: str = "reap"
     seed: int = 0
+    heal: HealSpec | None = None
 
 
-def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = SILENT) -> dict[str, Any]:
-    """Write ``source`` without the experts that ``spec`` does not keep."""
+def prune(
+    source: str,
+    spec: PruneSpec,
+    writing: Writing,
+    progress: Progress = SILENT,
+    running: Running | None = None,
+) -> dict[str, Any]:
+    """Write ``source`` without the experts that ``spec`` does not keep, healed if it says how."""
     subject = open_subject(source)
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
@@ -68,9 +76,8 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
         "experts_after": after,
         "warnings": [*_warnings(anatomy, chosen, after), *parallel_warnings(anatomy.experts, after)],
         "stages": [],
-        "healing": [],
         **how,
-        **finish(plan, subject, writing, progress),
+        **finish_healed(plan, subject, spec.heal, running or Running(), writing, progress),
     }
     for warning in report["warnings"]:
         progress.note(f"note: {warning}")

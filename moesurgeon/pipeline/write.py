@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.errors import NothingToDo, UsageError
-from moesurgeon.pipeline.options import Writing
+from moesurgeon.pipeline.options import HealSpec, Running, Writing
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.progress import Progress
 from moesurgeon.surgery.apply import apply
@@ -57,3 +58,21 @@ def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progres
         )
         report |= {"shards": written.shards, "linked_shards": written.linked, "resumed_shards": written.resumed}
     return report
+
+
+def finish_healed(
+    plan: EditPlan,
+    subject: Subject,
+    heal: HealSpec | None,
+    running: Running,
+    writing: Writing,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Do what :func:`finish` does, after healing if ``heal`` says how; a dry run says what would heal, and does not."""
+    if heal is None or writing.dry_run or plan.changes_nothing:
+        planned = [] if heal is None else {"planned": asdict(heal)}
+        return {"healing": planned, **finish(plan, subject, writing, progress)}
+    from moesurgeon.pipeline.heal import healed  # needs the running model, which nothing else here does
+
+    with healed(plan, subject, heal, running, progress) as (better, report):
+        return {"healing": report, **finish(better, subject, writing, progress)}

@@ -45,7 +45,7 @@ def _plan_again(source: Anatomy, operation: Mapping[str, Any]) -> EditPlan:
             return plan_prune(source, {int(layer): [int(old) for old in maps[layer]] for layer in maps})
         case "layout":
             return plan_layout(source, str(operation["layout"]))
-        case "recover":
+        case "recover" | "heal":
             outputs = dict(identity(source).outputs)
             for name in operation["replaced"]:
                 outputs[name] = edits.replace(source.tensors[name], _unknown, key="not recorded")

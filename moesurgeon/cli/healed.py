@@ -1,0 +1,44 @@
+"""The options that heal, as the object that operations take, and how their result is shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moesurgeon.cli.output import Report
+
+if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
+    from moesurgeon.healing.pace import Method
+    from moesurgeon.pipeline.options import HealSpec
+
+
+def heal_spec(traces: list[str], method: Method, *, tokens: int, steps: int, router: bool) -> HealSpec | None:
+    """Return what heals, or None where no text was named."""
+    from moesurgeon.healing.pace import Pace
+    from moesurgeon.pipeline.options import HealSpec
+
+    if not traces:
+        return None
+    return HealSpec(traces=tuple(traces), method=method, max_tokens=tokens, pace=Pace(steps=steps, router=router))
+
+
+def show_healing(report: Report) -> None:
+    """Print what healing did, layer by layer and to the held-out loss."""
+    healing: Any = report.get("healing")
+    if not healing:
+        return
+    if "planned" in healing:
+        plan = healing["planned"]
+        print(f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens")
+        return
+    for layer in healing["layers"]:
+        steps = ", ".join(
+            f"{step['step']} {step['error']:.4f}{'' if step['kept'] else ' (left)'}" for step in layer["steps"]
+        )
+        print(f"  layer {layer['layer']}: error {layer['error']:.4f} -> {layer['healed_error']:.4f} ({steps})")
+    loss = healing["heldout"]
+    closed = f", {healing['gap_closed']:.0%} of the gap" if healing["gap_closed"] is not None else ""
+    print(
+        f"  held-out loss {loss['teacher']:.4f} before the cut, {loss['bare']:.4f} bare, {loss['healed']:.4f}{closed}"
+    )
+    if not healing["kept"] and healing["method"] != "none":
+        print("  healing did not lower the held-out loss and was left out")

@@ -1,0 +1,39 @@
+"""From a healed stream to an edit plan: the cut and what heals it are one write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from moesurgeon.checkpoint.writer import content_key
+from moesurgeon.engine.streams import Stream
+from moesurgeon.surgery import edits
+from moesurgeon.surgery.plan import EditPlan, compose, identity
+
+
+def plan_healed(student: Stream, record: Mapping[str, Any]) -> EditPlan:
+    """Return ``student``'s plan with the tensors of its overlay in place of what it would have written.
+
+    ``record`` says how they came about; the names of the replaced tensors are added to it.
+    """
+    first = student.overlay.plan
+    assert first is not None
+    outputs = dict(identity(student.anatomy).outputs)
+    replaced = []
+    for name in student.overlay.tensors:
+        for stored, _values in student.stored_values(name):
+            load = partial(_bytes_of, student, name, stored)
+            outputs[stored] = edits.replace(student.anatomy.tensors[stored], load, key=content_key(load()))
+            replaced.append(stored)
+    if not replaced:
+        return first
+    second = EditPlan(outputs, record=[{"operation": "heal", "replaced": sorted(replaced), **record}])
+    return compose(first, second)
+
+
+def _bytes_of(student: Stream, name: str, stored: str) -> bytes:
+    values = next(values for other, values in student.stored_values(name) if other == stored)
+    return values.cpu().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,95 @@
+"""Healing what an edit plan damages, before anything is written: the cut and its repair are one plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from moesurgeon.engine.batches import BATCH_TOKENS, Batch, batches_of, rows_for
+from moesurgeon.engine.budget import share_out
+from moesurgeon.engine.device import place
+from moesurgeon.engine.streams import Overlay, Source, Stream
+from moesurgeon.engine.walk import Walk
+from moesurgeon.errors import UsageError
+from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, measure
+from moesurgeon.healing.heal import heal
+from moesurgeon.healing.pace import METHODS
+from moesurgeon.healing.planned import plan_healed
+from moesurgeon.healing.spill import Spill
+from moesurgeon.pipeline.options import HealSpec, Running, Text
+from moesurgeon.pipeline.subject import Subject
+from moesurgeon.pipeline.text import read_text, window_length
+from moesurgeon.pipeline.walking import hidden_folder
+from moesurgeon.progress import Progress
+from moesurgeon.surgery.plan import EditPlan
+from moesurgeon.traces.windows import Corpus
+
+
+@contextmanager
+def healed(
+    plan: EditPlan, subject: Subject, spec: HealSpec, running: Running, progress: Progress
+) -> Iterator[tuple[EditPlan, dict[str, Any]]]:
+    """Yield ``plan`` with healed tensors, and the report: errors by layer, held-out loss before and after.
+
+    The final judge is the loss on held-out text: where healing does not lower it, the plan comes back as it was.
+    To be written inside the context: what was healed may be in files that end with it.
+    """
+    if spec.method not in METHODS:
+        raise UsageError(f"--heal-method {spec.method} is not one of {', '.join(METHODS)}")
+    placement = place(running.device, running.dtype, subject.stored_dtype)
+    text = Text(traces=spec.traces, max_tokens=spec.max_tokens)
+    length = window_length(subject, text)
+    train = read_text(subject, text, builtin_split="calibration", own_split="train")
+    judge = read_text(
+        subject, replace(text, max_tokens=spec.heldout_tokens, split="validation"), builtin_split="validation"
+    )
+
+    def batched(corpus: Corpus) -> list[Batch]:
+        return list(batches_of(corpus, rows=rows_for(length), tokens=BATCH_TOKENS, device=placement.device))
+
+    learn, held = batched(train), batched(judge)
+    with ExitStack() as stack:
+        source = stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement))
+        # Both streams' hidden states: twice the text.
+        fits = share_out(running.max_memory, [source], [*learn, *held, *learn, *held])
+        folder: Path | None = stack.enter_context(hidden_folder(fits and source.supply.plan.is_resident))
+        teacher, student = Stream(source), Stream(source, Overlay(plan=plan))
+        bare = _losses(student, teacher, judge, held, folder, progress)
+        walk = Walk([teacher, student], [*learn, *held], folder if not fits else None)
+        numbers = range(len(learn)), range(len(learn), len(learn) + len(held))
+        layers = heal(
+            walk, student, teacher, *numbers, method=spec.method, pace=spec.pace, spill=Spill(folder), progress=progress
+        )
+        after = _losses(student, teacher, judge, held, folder, progress) if layers else bare
+        kept = after["loss"] < bare["loss"]
+        report = {
+            "method": spec.method,
+            "traces": dict(train.hashes),
+            "heldout_traces": dict(judge.hashes),
+            "tokens": sum(train.tokens.values()),
+            "layers": layers,
+            "heldout": {"teacher": bare["teacher"], "bare": bare["loss"], "healed": after["loss"]},
+            "gap_closed": _closed(bare, after),
+            "kept": kept,
+        }
+        record = {key: report[key] for key in ("method", "traces", "heldout_traces", "heldout")}
+        yield plan_healed(student, {**record, "pace": asdict(spec.pace)}) if kept else plan, report
+
+
+def _losses(
+    student: Stream, teacher: Stream, corpus: Corpus, batches: Sequence[Batch], folder: Path | None, progress: Progress
+) -> dict[str, float]:
+    measured = measure(
+        student, corpus.domains, batches, teacher=teacher, folder=folder, progress=progress, label="judging"
+    )
+    totals, count = measured.sums.sum(axis=0), float(measured.positions.sum())
+    return {"loss": float(totals[LOSS] / count), "teacher": float(totals[TEACHER_LOSS] / count)}
+
+
+def _closed(bare: dict[str, float], after: dict[str, float]) -> float | None:
+    """Return the share of the held-out loss gap to the teacher that was closed."""
+    gap = bare["loss"] - bare["teacher"]
+    return (bare["loss"] - after["loss"]) / gap if gap > 0 else None
