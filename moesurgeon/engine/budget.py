@@ -22,16 +22,19 @@ LOGIT_POSITIONS = 2048
 _SHARE = 0.8
 
 
-def share_out(limit: int | None, sources: Sequence[Source], batches: Sequence[Batch]) -> bool:
+def share_out(
+    limit: int | None, sources: Sequence[Source], batches: Sequence[Batch], *, work: int = 0, held: int = 0
+) -> bool:
     """Divide ``limit`` bytes (None: most of what is free) of the device's memory; return whether all is to fit.
 
     Every source is told what its weights may take, the first one first. On a CPU the limit is that of the
     whole process, so what it uses already is taken off. Hidden states stay in memory if they fit beside two
-    layers of every source; where they do not, False is returned: they have to go to a file. Raises
+    layers of every source; where they do not, False is returned: they have to go to a file. ``work``: bytes that
+    are needed in memory besides, whatever happens; ``held``: bytes that go where the hidden states go. Raises
     UsageError if not even two layers fit.
     """
     placement = sources[0].placement
-    working = max(working_bytes(source.anatomy, placement, batches) for source in sources)
+    working = work + max(working_bytes(source.anatomy, placement, batches) for source in sources)
     if placement.spread:
         from moesurgeon.engine.spread import devices_for
 
@@ -40,7 +43,7 @@ def share_out(limit: int | None, sources: Sequence[Source], batches: Sequence[Ba
         return True
     free = _free(limit, placement.device) - working
     tokens = sum(batch.tokens.numel() for batch in batches)
-    hidden = sum(tokens * source.anatomy.hidden * placement.dtype.itemsize for source in sources)
+    hidden = held + sum(tokens * source.anatomy.hidden * placement.dtype.itemsize for source in sources)
     least = [source.supply.least for source in sources]
     fits = free - hidden >= sum(least)
     if fits:

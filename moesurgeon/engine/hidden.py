@@ -39,7 +39,7 @@ class HiddenStates:
         if path is not None:
             # The one of an even number of layers is the first.
             paths = [path, path.with_name(path.name + ".odd")] if keep else [path]
-            self._sides = [_mapped(shapes, dtype, place) for place in paths]
+            self._sides = [mapped(shapes, dtype, place) for place in paths]
         self._from = 0
 
     def get(self, batch: int) -> torch.Tensor:
@@ -59,8 +59,8 @@ class HiddenStates:
         self._from = layers % len(self._sides)
 
 
-def _mapped(shapes: Sequence[Shape], dtype: torch.dtype, path: Path) -> list[torch.Tensor]:
-    """Return the states in the file ``path``, which is made as large as they are and keeps what it holds."""
+def mapped(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, path: Path) -> list[torch.Tensor]:
+    """Return tensors of ``shapes`` in the file ``path``, which is made as large as they are and keeps what it holds."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
     count = max(1, sum(sizes))
     try:

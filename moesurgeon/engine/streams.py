@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from moesurgeon.checkpoint.open import Checkpoint
 from moesurgeon.checkpoint.reader import ShardReader
-from moesurgeon.engine.destinations import Destinations, destinations_of
+from moesurgeon.engine.destinations import Destinations, Piece, destinations_of
 from moesurgeon.engine.device import Placement
 from moesurgeon.engine.loading import DTYPES, Loader, piece_values
 from moesurgeon.engine.masking import masked
@@ -179,17 +179,22 @@ class Stream:
             tensor = delta.added_to(tensor)
         self.skeleton.put(name, tensor)
 
+    def stored_parts(self, name: str) -> tuple[Piece, ...]:
+        """Return which stored tensors the running name ``name`` is put together from."""
+        return self._destinations.pieces[name]
+
+    def stored_value(self, piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what ``piece`` holds of a running tensor, in the dtype and shape that it is stored in."""
+        spec = self.anatomy.tensors[piece.source]
+        return piece.view(tensor).reshape(spec.shape).to(DTYPES[spec.dtype]).contiguous()
+
     def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return ``tensor`` with the rounding that writing it under the running name ``name`` would bring."""
-        dtype = DTYPES[self.anatomy.tensors[self._destinations.pieces[name][0].source].dtype]
-        return tensor.to(dtype).to(tensor.dtype)
-
-    def stored_values(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (stored name, values in the stored dtype) of what the overlay puts in place of ``name``."""
-        tensor = self.overlay.tensors[name]
-        for piece in self._destinations.pieces[name]:
-            spec = self.anatomy.tensors[piece.source]
-            yield piece.source, piece.view(tensor).reshape(spec.shape).to(DTYPES[spec.dtype]).contiguous()
+        rounded = torch.empty_like(tensor)
+        for piece in self.stored_parts(name):
+            view = piece.view(rounded)
+            view.copy_(self.stored_value(piece, tensor).view(view.shape))
+        return rounded
 
     def _value(self, name: str, read: Tensors) -> torch.Tensor:
         """Return the source's tensor where the plan leaves it as it is, else what the plan makes of it."""

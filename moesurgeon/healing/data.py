@@ -9,36 +9,58 @@ Legend: N tokens of text, H hidden, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from moesurgeon.engine.model import MoeBlock
-from moesurgeon.engine.observe import Observation
+from moesurgeon.engine.observe import Observation, replays
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Layer
+from moesurgeon.errors import CheckpointError, OutputError
+from moesurgeon.healing.room import Room
 
 
 @dataclass(frozen=True)
 class BlockData:
-    """``inputs`` x and ``target`` z [N, H], ``output`` y [N, H] of the student before healing; its routing [N, K]."""
+    """``inputs`` x and ``target`` z [N, H] of the student, and its routing before healing [N, K]."""
 
     inputs: torch.Tensor
     target: torch.Tensor
-    output: torch.Tensor
     indices: torch.Tensor
     weights: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def chunks(self, size: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Yield (rows, inputs, target) of up to ``size`` tokens, on ``device``."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            yield rows, self.inputs[rows].to(device), self.target[rows].to(device)
 
-def block_data(layer: Layer, student: Stream, teacher: Stream, batches: Iterable[int]) -> BlockData:
-    """Run the student's layer on ``batches`` and return its block's data; the teacher has moved on already."""
+
+def block_data(
+    layer: Layer, student: Stream, teacher: Stream, batches: Sequence[int], room: Room, name: str
+) -> BlockData:
+    """Run the student's layer on ``batches`` and return its block's data; the teacher has moved on already.
+
+    ``name``: of the data in ``room``. Raises CheckpointError for states that are not finite, OutputError for a block
+    that is not what healing takes it for.
+    """
     # Granite adds its blocks to the residual with a factor.
     factor = float(getattr(student.skeleton.model.config, "residual_multiplier", 1.0))
-    parts: list[tuple[torch.Tensor, ...]] = []
+    count = sum(int(layer.walk.batches[number].is_text.sum()) for number in batches)
+    device, dtype = student.source.supply.devices[layer.number + 1], student.source.placement.dtype
+    wide, top_k = (count, student.anatomy.hidden), (count, student.anatomy.top_k)
+    data = BlockData(
+        room.empty(f"{name}.inputs", wide, dtype, device),
+        room.empty(f"{name}.target", wide, dtype, device),
+        torch.empty(top_k, dtype=torch.int64, device=device),
+        torch.empty(top_k, dtype=torch.float32, device=device),
+    )
+    start = 0
     for number in batches:
         seen: list[Observation] = []
 
@@ -46,17 +68,26 @@ def block_data(layer: Layer, student: Stream, teacher: Stream, batches: Iterable
             seen.append(observation)
 
         output = layer.forward(student, number, keep)
-        wanted = layer.walk.hidden[teacher].get(number).to(output.device)
-        rows = layer.walk.batches[number].is_text.flatten().nonzero().squeeze(-1).to(output.device)
-        missing = ((wanted - output) / factor).flatten(0, 1)[rows]
         (observation,) = seen
-        result = observation.result[rows]
-        parts.append(
-            (observation.inputs[rows], result + missing, result, observation.indices[rows], observation.weights[rows])
-        )
-    return BlockData(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-
-def relative_error(output: torch.Tensor, target: torch.Tensor) -> float:
-    """Return the squared error as a share of the target's square."""
-    return float((output - target).double().square().sum() / target.double().square().sum())
+        if start == 0 and not replays(student.blocks[layer.number], observation):
+            raise OutputError(
+                f"layer {layer.number}: its experts do not compute what healing takes them to compute; "
+                f"moesurgeon's picture of {student.anatomy.family.title} is wrong here, please report it"
+            )
+        wanted = layer.walk.hidden[teacher].get(number).to(output.device)
+        text = layer.walk.batches[number].is_text.flatten().nonzero().squeeze(-1).to(output.device)
+        missing = ((wanted - output) / factor).flatten(0, 1)[text]
+        target = observation.result[text] + missing
+        if not (torch.isfinite(target).all() and torch.isfinite(observation.inputs).all()):
+            raise CheckpointError(
+                f"layer {layer.number}: hidden states are not finite: the weights hold NaN or infinities, or overflow "
+                "in this --dtype; try float32"
+            )
+        rows = slice(start, start + len(text))
+        data.inputs[rows] = observation.inputs[text].to(data.inputs.device)
+        data.target[rows] = target.to(data.target.device)
+        data.indices[rows] = observation.indices[text]
+        data.weights[rows] = observation.weights[text].float()
+        start = rows.stop
+    assert start == count
+    return data

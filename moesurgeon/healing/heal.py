@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from moesurgeon.engine.streams import Stream
-from moesurgeon.engine.walk import Layer, Walk
+from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import CheckpointError
+from moesurgeon.healing.block import error_of, own_values
 from moesurgeon.healing.data import BlockData, block_data
-from moesurgeon.healing.distil import distilled, error_of
+from moesurgeon.healing.distil import distilled
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.healing.ridge import refitted
-from moesurgeon.healing.spill import Spill
+from moesurgeon.healing.room import Room
 from moesurgeon.progress import SILENT, Advance, Progress
 
 
@@ -28,7 +29,7 @@ def heal(
     *,
     method: Method,
     pace: Pace,
-    spill: Spill | None = None,
+    room: Room | None = None,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
     """Take both streams of ``walk`` through all layers, healing ``student``'s blocks on the way.
@@ -37,10 +38,11 @@ def heal(
 
     ``train`` and ``heldout`` are numbers of batches of the walk, which must not share text. What is better on
     held-out tokens goes into ``student.overlay.tensors``, rounded as it is stored; the rest stays as it was.
-    ``spill``: where those are held (None: in memory).
+    ``room``: where a layer's data and the healed tensors are held (None: in memory).
     """
+    refuse_quantised(student)
     reports: list[dict[str, Any]] = []
-    spill = spill or Spill(None)
+    room = room or Room()
     layers = student.anatomy.moe_layers
     total = len(layers) * (pace.steps if method == "distill" else 1)
     with progress.task("healing", total, "steps") as advance, closing(walk.layers()) as walking:
@@ -48,48 +50,62 @@ def heal(
             for number in (*train, *heldout):
                 layer.move(teacher, number)
             if layer.number in layers and method != "none":
-                data = block_data(layer, student, teacher, train)
-                judge = block_data(layer, student, teacher, heldout)
-                values, report = _healed(layer, student, (data, judge), method, pace, advance)
+                sets = (
+                    block_data(layer, student, teacher, train, room, "train"),
+                    block_data(layer, student, teacher, heldout, room, "heldout"),
+                )
+                values, report = _healed(
+                    student, layer.number, sets, method=method, pace=pace, room=room, advance=advance
+                )
+                del sets
                 reports.append(report)
                 for name, tensor in values.items():
-                    student.overlay.tensors[name] = spill.kept(tensor)
+                    student.overlay.tensors[name] = room.kept(tensor)
                     layer.rebind(student, name)
             for number in (*train, *heldout):
                 layer.move(student, number)
     return reports
 
 
+def refuse_quantised(student: Stream) -> None:
+    """Raise CheckpointError if experts are stored with scales, which healing does not make anew."""
+    for block in student.blocks.values():
+        for name in own_values(block):
+            for piece in student.stored_parts(f"{block.name}.{name}"):
+                if piece.scale is not None:
+                    raise CheckpointError(
+                        f"{piece.source} is stored as {student.anatomy.tensors[piece.source].dtype} with scales, and "
+                        "healed experts would have to be quantised again; convert the checkpoint to bfloat16 first"
+                    )
+
+
 def _healed(
-    layer: Layer,
     student: Stream,
+    layer: int,
     sets: tuple[BlockData, BlockData],
+    *,
     method: Method,
     pace: Pace,
+    room: Room,
     advance: Advance,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the values that are better, by the running model's names, and the report of the layer."""
-    block, (train, heldout) = student.blocks[layer.number], sets
-    own = {name: tensor.detach() for name, tensor in block.module.state_dict().items()}
-    before = error_of(block, own, heldout)
-    if not torch.isfinite(train.target).all():
-        raise CheckpointError(f"layer {layer.number}: hidden states are not finite; try --dtype float32")
-    report: dict[str, Any] = {"layer": layer.number, "tokens": len(train), "error": before, "steps": []}
+    block, (train, heldout) = student.blocks[layer], sets
+    own = own_values(block)
+    error = error_of(block, own, heldout)
+    report: dict[str, Any] = {"layer": layer, "tokens": len(train), "error": error, "steps": []}
     values: dict[str, torch.Tensor] = {}
-    error = before
-    steps = ["ridge" if method == "distill" else method, *(["distill"] if method == "distill" else [])]
-    for step in steps:
+    for step in ("ridge", "distill") if method == "distill" else (method,):
         if step == "distill":
-            candidate, found = distilled(block, values, train, heldout, pace, advance)
+            candidate, _ = distilled(block, values, train, heldout, pace, advance)
         else:
-            candidate = refitted(block, train, heldout, method=step)
-            found = error_of(block, {**own, **candidate}, heldout)
-        rounded = {name: student.as_stored(f"{block.name}.{name}", tensor) for name, tensor in candidate.items()}
-        found = error_of(block, {**own, **rounded}, heldout)
+            candidate = refitted(block, train, heldout, method=step, room=room)
+        candidate = {name: student.as_stored(f"{block.name}.{name}", tensor) for name, tensor in candidate.items()}
+        found = error_of(block, {**own, **candidate}, heldout)
         kept = found < error
         report["steps"].append({"step": step, "error": found, "kept": kept})
         if kept:
-            values, error = rounded, found
+            values, error = candidate, found
     report["healed_error"] = error
     if method != "distill":
         advance(1)

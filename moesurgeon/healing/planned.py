@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moesurgeon.checkpoint.writer import content_key
+from moesurgeon.engine.destinations import Piece
 from moesurgeon.engine.streams import Stream
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.plan import EditPlan, compose, identity
@@ -23,17 +24,16 @@ def plan_healed(student: Stream, record: Mapping[str, Any]) -> EditPlan:
     assert first is not None
     outputs = dict(identity(student.anatomy).outputs)
     replaced = []
-    for name in student.overlay.tensors:
-        for stored, _values in student.stored_values(name):
-            load = partial(_bytes_of, student, name, stored)
-            outputs[stored] = edits.replace(student.anatomy.tensors[stored], load, key=content_key(load()))
-            replaced.append(stored)
+    for name, tensor in student.overlay.tensors.items():
+        for piece in student.stored_parts(name):
+            load = partial(_bytes_of, student, piece, tensor)
+            outputs[piece.source] = edits.replace(student.anatomy.tensors[piece.source], load, key=content_key(load()))
+            replaced.append(piece.source)
     if not replaced:
         return first
     second = EditPlan(outputs, record=[{"operation": "heal", "replaced": sorted(replaced), **record}])
     return compose(first, second)
 
 
-def _bytes_of(student: Stream, name: str, stored: str) -> bytes:
-    values = next(values for other, values in student.stored_values(name) if other == stored)
-    return values.cpu().view(torch.uint8).numpy().tobytes()
+def _bytes_of(student: Stream, piece: Piece, tensor: torch.Tensor) -> bytes:
+    return student.stored_value(piece, tensor).cpu().view(torch.uint8).numpy().tobytes()

@@ -6,156 +6,167 @@ block is short of there, the ridge solution is
     dW = R (w h)^T ((w h)(w h)^T + lambda mean(diag) I)^-1,
 
 sums over tokens, in float64. Experts of a token add up, so that R is updated after every one, and the sweep is
-repeated (Gauss-Seidel). lambda is chosen by the error on held-out tokens, "leave it as it is" among the choices.
+repeated (Gauss-Seidel). lambda is chosen by the error on held-out tokens, "leave it as it is" among the choices;
+that error is a function of the same sums over the held-out tokens.
 
 Legend: N tokens, E experts, K experts per token, H hidden, F expert width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from moesurgeon.engine.model import MoeBlock
+from moesurgeon.healing.block import experts_name, missing_of, own_values, shared_experts
 from moesurgeon.healing.data import BlockData
+from moesurgeon.healing.room import Room
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0)
 SWEEPS = 2
+CHUNK = 4096
+"""Tokens whose activations are held at once in float64."""
 
-Activations = Callable[[torch.Tensor], torch.Tensor]
+Activations = Callable[[BlockData, torch.Tensor], torch.Tensor]
+"""Of these rows of the data what the map is fed [n, F]."""
 
 
 @dataclass
 class _Part:
-    """One linear map of a block: its ``weight`` [H, F], the tokens it sees of each set and what it is fed there."""
+    """One linear map of a block: its ``weight`` [H, F], the rows of each set that it sees and what it is fed there."""
 
     weight: torch.Tensor
     rows: tuple[torch.Tensor, torch.Tensor]
-    activations: tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]
+    activations: Activations
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Over the tokens of a part: h h^T [F, F], R h^T [H, F] and |R|^2."""
+
+    gram: torch.Tensor
+    moment: torch.Tensor
+    square: torch.Tensor
+
+    def error(self, change: torch.Tensor) -> torch.Tensor:
+        """Return what is left of |R|^2 if the weight changes by ``change`` [H, F]."""
+        return self.square - 2 * (change * self.moment).sum() + ((change @ self.gram) * change).sum()
+
+
+@torch.no_grad()
 def refitted(
-    block: MoeBlock, train: BlockData, heldout: BlockData, *, method: str = "ridge"
-) -> Mapping[str, torch.Tensor]:
+    block: MoeBlock,
+    train: BlockData,
+    heldout: BlockData,
+    *,
+    method: str = "ridge",
+    sweeps: int = SWEEPS,
+    room: Room | None = None,
+) -> dict[str, torch.Tensor]:
     """Return new values of the block's down projections, by their names in it, that leave less of the error.
 
-    ``method``: "ridge", or "scale" for its one-parameter case a = <y_e, R + y_e> / <y_e, y_e>. Names are those of
-    ``block.module``; a part that no lambda improves on held-out tokens keeps its values.
+    ``method``: "ridge", or "scale" for its one-parameter case a = <y_e, R + y_e> / <y_e, y_e>. A part that nothing
+    improves on held-out tokens keeps its values.
     """
+    room = room or Room()
     down: torch.Tensor = block.experts.down_proj.detach().clone()  # type: ignore[operator]
-    missing = [(data.target - data.output).double() for data in (train, heldout)]
-    parts = [_of_expert(block, down, expert, (train, heldout)) for expert in range(len(down))]
-    result: dict[str, torch.Tensor] = {}
-    shared = shared_down(block)
-    if shared is not None:
-        name, weight = shared[0], shared[1].detach().clone()
-        parts.append(_of_shared(block, weight, (train, heldout)))
-        result[name] = weight
-    for _sweep in range(SWEEPS if method == "ridge" else 1):
+    sets, own = (train, heldout), own_values(block)
+    missing = [
+        missing_of(block, own, data, room.empty(f"{name}.missing", data.target.shape, torch.float32, down.device))
+        for name, data in zip(("train", "heldout"), sets, strict=True)
+    ]
+    result = {f"{experts_name(block)}.down_proj": down}
+    parts = [_of_expert(block, weight, expert, sets) for expert, weight in enumerate(down)]
+    if (shared := shared_experts(block)) is not None:
+        name, module = shared
+        result[f"{name}.down_proj.weight"] = module.down_proj.weight.detach().clone()
+        parts.append(_of_shared(block, module, result[f"{name}.down_proj.weight"], sets))
+    for _sweep in range(sweeps if method == "ridge" else 1):
         for part in parts:
-            if len(part.rows[0]) and len(part.rows[1]):
-                (_ridge if method == "ridge" else _scale)(part, missing)
-    result[f"{_experts_name(block)}.down_proj"] = down
+            if all(map(len, part.rows)):
+                _improve(part, sets, missing, _by_ridge if method == "ridge" else _by_scale)
     return result
 
 
-def shared_down(block: MoeBlock) -> tuple[str, torch.Tensor] | None:
-    """Return name and weight of the shared experts' down projection, if there is one in the block."""
-    for name, module in block.module.named_modules():
-        if isinstance(module, nn.Linear) and "shared" in name and name.endswith(("down_proj", "w2")):
-            return f"{name}.weight", module.weight
-    return None
-
-
-def _ridge(part: _Part, missing: list[torch.Tensor]) -> None:
-    hidden, held = (activations() for activations in part.activations)
-    short, short_held = (each[rows] for each, rows in zip(missing, part.rows, strict=True))
-    gram = hidden.T @ hidden
-    moment = short.T @ hidden
-    diagonal = gram.diagonal().mean()
-    if not diagonal > 0:
-        return
-    best, change = short_held.square().sum(), None
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for strength in LAMBDAS:
-        factor = torch.linalg.cholesky(gram + strength * diagonal * eye)
-        candidate = torch.cholesky_solve(moment.T, factor).T
-        error = (short_held - held @ candidate.T).square().sum()
+def _improve(
+    part: _Part,
+    sets: tuple[BlockData, BlockData],
+    missing: list[torch.Tensor],
+    propose: Callable[[_Sums, torch.Tensor], Iterator[torch.Tensor]],
+) -> None:
+    """Give the part the change that leaves least on held-out tokens, if any does, and update what is missing."""
+    train, heldout = (_sums(part, *each) for each in zip(sets, part.rows, missing, strict=True))
+    best, change = heldout.square, None
+    for candidate in propose(train, part.weight):
+        error = heldout.error(candidate)
         if error < best:
             best, change = error, candidate
-    if change is not None:
-        _take(part, change, missing, (hidden, held))
-
-
-def _scale(part: _Part, missing: list[torch.Tensor]) -> None:
-    hidden, held = (activations() for activations in part.activations)
-    weight = part.weight.double()
-    output, output_held = hidden @ weight.T, held @ weight.T
-    short, short_held = (each[rows] for each, rows in zip(missing, part.rows, strict=True))
-    norm = output.square().sum()
-    if not norm > 0:
+    if change is None:
         return
-    change = (output * short).sum() / norm  # a - 1: least squares of short on output
-    if (short_held - change * output_held).square().sum() < short_held.square().sum():
-        _take(part, change * weight, missing, (hidden, held))
-
-
-def _take(part: _Part, change: torch.Tensor, missing: list[torch.Tensor], hidden: tuple[torch.Tensor, ...]) -> None:
-    """Add ``change`` to the weight, and take what it brings off what is missing."""
     before = part.weight.double()
     part.weight.copy_((before + change).to(part.weight.dtype))
     change = part.weight.double() - before  # as rounded
-    for each, rows, activations in zip(missing, part.rows, hidden, strict=True):
-        each.index_add_(0, rows, activations @ change.T, alpha=-1.0)
+    for data, rows, each in zip(sets, part.rows, missing, strict=True):
+        for some in rows.split(CHUNK):
+            brought = part.activations(data, some).double() @ change.T
+            each.index_add_(0, some.to(each.device), brought.to(each), alpha=-1.0)
 
 
-def _of_expert(block: MoeBlock, down: torch.Tensor, expert: int, sets: tuple[BlockData, BlockData]) -> _Part:
-    rows, activations = [], []
-    for data in sets:
-        token, rank = torch.where(data.indices == expert)
-        rows.append(token)
-        activations.append(_expert_activations(block, expert, data, token, rank))
-    return _Part(down[expert], (rows[0], rows[1]), (activations[0], activations[1]))
+def _sums(part: _Part, data: BlockData, rows: torch.Tensor, missing: torch.Tensor) -> _Sums:
+    high, wide = part.weight.shape
+    sums = _Sums(*(part.weight.new_zeros(shape, dtype=torch.float64) for shape in ((wide, wide), (high, wide), ())))
+    for some in rows.split(CHUNK):
+        hidden = part.activations(data, some).double()
+        short = missing[some.to(missing.device)].to(hidden)
+        sums.gram.addmm_(hidden.T, hidden)
+        sums.moment.addmm_(short.T, hidden)
+        sums.square.add_(short.square().sum())
+    return sums
 
 
-def _expert_activations(
-    block: MoeBlock, expert: int, data: BlockData, token: torch.Tensor, rank: torch.Tensor
-) -> Callable[[], torch.Tensor]:
-    def made() -> torch.Tensor:
-        experts: Any = block.experts
-        gate, up = F.linear(data.inputs[token], experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        return (experts.act_fn(gate) * up).double() * data.weights[token, rank, None].double()
-
-    return made
-
-
-def _of_shared(block: MoeBlock, weight: torch.Tensor, sets: tuple[BlockData, BlockData]) -> _Part:
-    made = tuple(_shared_activations(block, data) for data in sets)
-    rows = tuple(torch.arange(len(data), device=data.inputs.device) for data in sets)
-    return _Part(weight, (rows[0], rows[1]), (made[0], made[1]))
+def _by_ridge(sums: _Sums, _weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    strength = sums.gram.diagonal().mean()
+    for factor in LAMBDAS if strength > 0 else ():
+        regular = sums.gram.clone()
+        regular.diagonal().add_(factor * strength)
+        root, failed = torch.linalg.cholesky_ex(regular)
+        if not failed:
+            yield torch.cholesky_solve(sums.moment.T, root).T
 
 
-def _shared_activations(block: MoeBlock, data: BlockData) -> Callable[[], torch.Tensor]:
-    def made() -> torch.Tensor:
-        shared = next(
-            module
-            for name, module in block.module.named_children()
-            if name.startswith("shared") and any(module.children())
-        )
-        parts: Any = shared
-        hidden = parts.act_fn(parts.gate_proj(data.inputs)) * parts.up_proj(data.inputs)
-        gate = getattr(block.module, "shared_expert_gate", None)  # Qwen2-MoE weighs its shared expert by a sigmoid
-        factor = 1.0 if gate is None else gate(data.inputs).sigmoid().double()
-        result: torch.Tensor = hidden.double() * factor
+def _by_scale(sums: _Sums, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """a - 1: least squares of R on the part's own output."""
+    wide = weight.double()
+    norm = ((wide @ sums.gram) * wide).sum()
+    if norm > 0:
+        yield (wide * sums.moment).sum() / norm * wide
+
+
+def _of_expert(block: MoeBlock, weight: torch.Tensor, expert: int, sets: tuple[BlockData, BlockData]) -> _Part:
+    experts: Any = block.experts
+
+    def activations(data: BlockData, rows: torch.Tensor) -> torch.Tensor:
+        own = (data.weights[rows] * (data.indices[rows] == expert)).sum(-1, keepdim=True)
+        inputs = data.inputs[rows.to(data.inputs.device)].to(weight.device)
+        gate, up = F.linear(inputs, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        result: torch.Tensor = experts.act_fn(gate) * up * own.to(up.dtype)
         return result
 
-    return made
+    train, heldout = ((data.indices == expert).any(-1).nonzero().squeeze(-1) for data in sets)
+    return _Part(weight, (train, heldout), activations)
 
 
-def _experts_name(block: MoeBlock) -> str:
-    return next(name for name, module in block.module.named_modules() if module is block.experts)
+def _of_shared(block: MoeBlock, shared: Any, weight: torch.Tensor, sets: tuple[BlockData, BlockData]) -> _Part:
+    gate = getattr(block.module, "shared_expert_gate", None)  # Qwen2-MoE weighs its shared expert by a sigmoid
+
+    def activations(data: BlockData, rows: torch.Tensor) -> torch.Tensor:
+        inputs = data.inputs[rows.to(data.inputs.device)].to(weight.device)
+        hidden: torch.Tensor = shared.act_fn(shared.gate_proj(inputs)) * shared.up_proj(inputs)
+        return hidden if gate is None else hidden * gate(inputs).sigmoid()
+
+    train, heldout = (torch.arange(len(data), device=data.indices.device) for data in sets)
+    return _Part(weight, (train, heldout), activations)

@@ -15,17 +15,25 @@ from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import UsageError
 from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, measure
-from moesurgeon.healing.heal import heal
+from moesurgeon.healing.heal import heal, refuse_quantised
+from moesurgeon.healing.memory import healing_bytes
 from moesurgeon.healing.pace import METHODS
 from moesurgeon.healing.planned import plan_healed
-from moesurgeon.healing.spill import Spill
+from moesurgeon.healing.room import Room
 from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.pipeline.subject import Subject
-from moesurgeon.pipeline.text import read_text, window_length
+from moesurgeon.pipeline.text import read_text, trace_specs, window_length
 from moesurgeon.pipeline.walking import hidden_folder
 from moesurgeon.progress import Progress
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.traces.windows import Corpus
+
+
+def check_heal(spec: HealSpec) -> None:
+    """Raise UsageError for what no healing can be done with; reads nothing."""
+    if spec.method not in METHODS:
+        raise UsageError(f"--heal-method {spec.method} is not one of {', '.join(METHODS)}")
+    trace_specs(Text(traces=spec.traces))
 
 
 @contextmanager
@@ -37,8 +45,7 @@ def healed(
     The final judge is the loss on held-out text: where healing does not lower it, the plan comes back as it was.
     To be written inside the context: what was healed may be in files that end with it.
     """
-    if spec.method not in METHODS:
-        raise UsageError(f"--heal-method {spec.method} is not one of {', '.join(METHODS)}")
+    check_heal(spec)
     placement = place(running.device, running.dtype, subject.stored_dtype)
     text = Text(traces=spec.traces, max_tokens=spec.max_tokens)
     length = window_length(subject, text)
@@ -53,23 +60,29 @@ def healed(
     learn, held = batched(train), batched(judge)
     with ExitStack() as stack:
         source = stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement))
-        # Both streams' hidden states: twice the text.
-        fits = share_out(running.max_memory, [source], [*learn, *held, *learn, *held])
-        folder: Path | None = stack.enter_context(hidden_folder(fits and source.supply.plan.is_resident))
         teacher, student = Stream(source), Stream(source, Overlay(plan=plan))
+        if spec.method != "none":
+            refuse_quantised(student)
+        fits = _share_out(source, student, spec, running, [*learn, *held])
+        folder: Path | None = stack.enter_context(hidden_folder(fits))
         bare = _losses(student, teacher, judge, held, folder, progress)
-        walk = Walk([teacher, student], [*learn, *held], folder if not fits else None)
-        numbers = range(len(learn)), range(len(learn), len(learn) + len(held))
-        layers = heal(
-            walk, student, teacher, *numbers, method=spec.method, pace=spec.pace, spill=Spill(folder), progress=progress
-        )
-        after = _losses(student, teacher, judge, held, folder, progress) if layers else bare
+        layers, after = [], bare
+        if spec.method != "none":
+            walk = Walk([teacher, student], [*learn, *held], folder)
+            numbers = range(len(learn)), range(len(learn), len(learn) + len(held))
+            room = Room(folder)
+            layers = heal(
+                walk, student, teacher, *numbers, method=spec.method, pace=spec.pace, room=room, progress=progress
+            )
+            del walk  # and its hidden states
+            after = _losses(student, teacher, judge, held, folder, progress)
         kept = after["loss"] < bare["loss"]
         report = {
             "method": spec.method,
             "traces": dict(train.hashes),
             "heldout_traces": dict(judge.hashes),
             "tokens": sum(train.tokens.values()),
+            "heldout_tokens": sum(judge.tokens.values()),
             "layers": layers,
             "heldout": {"teacher": bare["teacher"], "bare": bare["loss"], "healed": after["loss"]},
             "gap_closed": _closed(bare, after),
@@ -77,6 +90,22 @@ def healed(
         }
         record = {key: report[key] for key in ("method", "traces", "heldout_traces", "heldout")}
         yield plan_healed(student, {**record, "pace": asdict(spec.pace)}) if kept else plan, report
+
+
+def _share_out(source: Source, student: Stream, spec: HealSpec, running: Running, batches: Sequence[Batch]) -> bool:
+    """Divide the memory as ``engine.budget`` does, both streams' states and all that healing takes included."""
+    takes = healing_bytes(student, spec.method, spec.pace, batches)
+    try:
+        # Both streams' hidden states: twice the text.
+        return share_out(running.max_memory, [source], [*batches, *batches], work=takes.work, held=takes.held)
+    except UsageError as error:
+        if spec.method != "distill":
+            raise
+        less = healing_bytes(student, "ridge", spec.pace, batches).work
+        raise UsageError(
+            f"{error}; distilling a layer takes {takes.work:,} bytes with its gradients and optimiser state, "
+            f"--heal-method ridge takes {less:,}"
+        ) from error
 
 
 def _losses(

@@ -69,10 +69,14 @@ def finish_healed(
     progress: Progress,
 ) -> dict[str, Any]:
     """Do what :func:`finish` does, after healing if ``heal`` says how; a dry run says what would heal, and does not."""
-    if heal is None or writing.dry_run or plan.changes_nothing:
-        planned = [] if heal is None else {"planned": asdict(heal)}
-        return {"healing": planned, **finish(plan, subject, writing, progress)}
-    from moesurgeon.pipeline.heal import healed  # needs the running model, which nothing else here does
+    if heal is None or plan.changes_nothing:
+        return {"healing": [], **finish(plan, subject, writing, progress)}
+    from moesurgeon.pipeline.heal import check_heal, healed  # needs the running model, which nothing else here does
 
+    check_heal(heal)
+    if writing.layout is not None:  # what it refuses, before the work
+        plan_layout(plan.result(subject.anatomy), writing.layout)
+    if writing.dry_run:
+        return {"healing": {"planned": asdict(heal)}, **finish(plan, subject, writing, progress)}
     with healed(plan, subject, heal, running, progress) as (better, report):
         return {"healing": report, **finish(better, subject, writing, progress)}

@@ -1,0 +1,31 @@
+"""Where the data of a layer and the healed tensors are while the walk goes on: they may be larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from moesurgeon.engine.hidden import mapped
+
+
+class Room:
+    """Memory in files of ``folder``, mapped; None: plain memory."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._kept = 0
+
+    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return memory on ``device``, or in the file ``name``, which what had that name before gives up."""
+        if self._folder is None:
+            return torch.empty(*shape, dtype=dtype, device=device)
+        return mapped([tuple(shape)], dtype, self._folder / name)[0]
+
+    def kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor`` as it is held until the end."""
+        if self._folder is None:
+            return tensor
+        self._kept += 1
+        return self.empty(f"{self._kept}.healed", tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
