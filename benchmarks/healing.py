@@ -90,7 +90,8 @@ def measured(operation: Operation, given: argparse.Namespace, folder: Path) -> l
     for number, (method, seed) in enumerate(ways):
         heal = None
         if method is not None:
-            heal = HealSpec(method=method, max_tokens=given.tokens, pace=Pace(steps=given.steps, seed=seed))
+            pace = Pace(steps=given.steps, seed=seed)
+            heal = HealSpec(traces=("builtin:all",), method=method, max_tokens=given.tokens, pace=pace)
         writing = Writing(output=folder / f"{operation.checkpoint} {operation.name} {number}")
         started, used = time.monotonic(), time.process_time()
         if operation.top_k is not None:
@@ -129,7 +130,8 @@ def show(row: dict[str, Any]) -> None:
     seed = f" {row['seed']}" if row["method"] == "distill" else ""
     print(
         f"{row['checkpoint']:<14} {row['operation']:<17} {row['method'] + seed:<10} rise {row['rise']:7.1%} "
-        f"({low:.1%} to {high:.1%})  closed {row['closed']:5.0%}  {row['seconds']:5.0f} s, CPU {row['cpu_seconds']:.0f} s",
+        f"({low:.1%} to {high:.1%})  closed {row['closed']:5.0%}  {row['seconds']:5.0f} s, "
+        f"CPU {row['cpu_seconds']:.0f} s",
         flush=True,
     )
 

@@ -11,14 +11,17 @@ if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
     from moesurgeon.pipeline.options import HealSpec
 
 
-def heal_spec(traces: list[str], method: Method, *, tokens: int, steps: int, router: bool) -> HealSpec | None:
+def heal_spec(
+    traces: list[str], method: Method, *, tokens: int, steps: int, router: bool, teacher: str | None
+) -> HealSpec | None:
     """Return what heals, or None where no text was named."""
     from moesurgeon.healing.pace import Pace
     from moesurgeon.pipeline.options import HealSpec
 
     if not traces:
         return None
-    return HealSpec(traces=tuple(traces), method=method, max_tokens=tokens, pace=Pace(steps=steps, router=router))
+    pace = Pace(steps=steps, router=router)
+    return HealSpec(traces=tuple(traces), method=method, teacher=teacher, max_tokens=tokens, pace=pace)
 
 
 def show_healing(report: Report) -> None:

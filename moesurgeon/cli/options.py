@@ -61,3 +61,7 @@ HealMethod = Annotated[
 HealTokens = Annotated[int, typer.Option(min=8, help="Tokens to heal on, for all traces together.")]
 HealSteps = Annotated[int, typer.Option(min=1, help="Optimiser steps for each layer at most (distill).")]
 HealRouter = Annotated[bool, typer.Option("--heal-router", help="Train the routers along (distill).")]
+HealTeacher = Annotated[
+    str | None,
+    typer.Option(metavar="CKPT", help="The checkpoint that healing comes back to. Default: the one that is cut."),
+]

@@ -39,6 +39,7 @@ def command(
     heal_tokens: options.HealTokens = 98304,
     heal_steps: options.HealSteps = 600,
     heal_router: options.HealRouter = False,
+    heal_teacher: options.HealTeacher = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_memory: options.MaxMemory = None,
@@ -63,7 +64,9 @@ def command(
             keep_experts=keep_experts,
             criterion=criterion,
             seed=seed,
-            heal=heal_spec(heal, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router),
+            heal=heal_spec(
+                heal, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router, teacher=heal_teacher
+            ),
         )
         writing = Writing(
             output=output,

@@ -69,11 +69,6 @@ def block_data(
 
         output = layer.forward(student, number, keep)
         (observation,) = seen
-        if start == 0 and not replays(student.blocks[layer.number], observation):
-            raise OutputError(
-                f"layer {layer.number}: its experts do not compute what healing takes them to compute; "
-                f"moesurgeon's picture of {student.anatomy.family.title} is wrong here, please report it"
-            )
         wanted = layer.walk.hidden[teacher].get(number).to(output.device)
         text = layer.walk.batches[number].is_text.flatten().nonzero().squeeze(-1).to(output.device)
         missing = ((wanted - output) / factor).flatten(0, 1)[text]
@@ -82,6 +77,11 @@ def block_data(
             raise CheckpointError(
                 f"layer {layer.number}: hidden states are not finite: the weights hold NaN or infinities, or overflow "
                 "in this --dtype; try float32"
+            )
+        if start == 0 and not replays(student.blocks[layer.number], observation):
+            raise OutputError(
+                f"layer {layer.number}: its experts do not compute what healing takes them to compute; "
+                f"moesurgeon's picture of {student.anatomy.family.title} is wrong here, please report it"
             )
         rows = slice(start, start + len(text))
         data.inputs[rows] = observation.inputs[text].to(data.inputs.device)

@@ -21,7 +21,7 @@ from moesurgeon.healing.pace import METHODS
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.healing.room import Room
 from moesurgeon.pipeline.options import HealSpec, Running, Text
-from moesurgeon.pipeline.subject import Subject
+from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import read_text, trace_specs, window_length
 from moesurgeon.pipeline.walking import hidden_folder
 from moesurgeon.progress import Progress
@@ -46,8 +46,9 @@ def healed(
     To be written inside the context: what was healed may be in files that end with it.
     """
     check_heal(spec)
+    other = _teacher(subject, spec)
     placement = place(running.device, running.dtype, subject.stored_dtype)
-    text = Text(traces=spec.traces, max_tokens=spec.max_tokens)
+    text = Text(traces=spec.traces, max_tokens=spec.max_tokens, length=spec.length)
     length = window_length(subject, text)
     train = read_text(subject, text, builtin_split="calibration", own_split="train")
     judge = read_text(
@@ -59,11 +60,14 @@ def healed(
 
     learn, held = batched(train), batched(judge)
     with ExitStack() as stack:
-        source = stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement))
-        teacher, student = Stream(source), Stream(source, Overlay(plan=plan))
+        sources = [
+            stack.enter_context(Source.of_checkpoint(each.checkpoint, each.anatomy, placement))
+            for each in (subject, *([other] if other else []))
+        ]
+        teacher, student = Stream(sources[-1]), Stream(sources[0], Overlay(plan=plan))
         if spec.method != "none":
             refuse_quantised(student)
-        fits = _share_out(source, student, spec, running, [*learn, *held])
+        fits = _share_out(sources, student, spec, running, [*learn, *held])
         folder: Path | None = stack.enter_context(hidden_folder(fits))
         bare = _losses(student, teacher, judge, held, folder, progress)
         layers, after = [], bare
@@ -79,6 +83,7 @@ def healed(
         kept = after["loss"] < bare["loss"]
         report = {
             "method": spec.method,
+            "teacher": (other or subject).fingerprint,
             "traces": dict(train.hashes),
             "heldout_traces": dict(judge.hashes),
             "tokens": sum(train.tokens.values()),
@@ -88,16 +93,32 @@ def healed(
             "gap_closed": _closed(bare, after),
             "kept": kept,
         }
-        record = {key: report[key] for key in ("method", "traces", "heldout_traces", "heldout")}
+        record = {key: report[key] for key in ("method", "teacher", "traces", "heldout_traces", "heldout")}
         yield plan_healed(student, {**record, "pace": asdict(spec.pace)}) if kept else plan, report
 
 
-def _share_out(source: Source, student: Stream, spec: HealSpec, running: Running, batches: Sequence[Batch]) -> bool:
+def _teacher(subject: Subject, spec: HealSpec) -> Subject | None:
+    """Return the teacher, if it is another checkpoint than ``subject``; UsageError for one that cannot be."""
+    other = open_subject(spec.teacher) if spec.teacher else None
+    if other is None or other.fingerprint == subject.fingerprint:
+        return None
+    mine, theirs = subject.anatomy, other.anatomy
+    if (mine.layers, mine.hidden) != (theirs.layers, theirs.hidden):
+        raise UsageError(
+            f"{spec.teacher} has {theirs.layers} layers of width {theirs.hidden}, {subject.name} has {mine.layers} of "
+            f"{mine.hidden}: no teacher for it; give the checkpoint that it was made from"
+        )
+    return other
+
+
+def _share_out(
+    sources: Sequence[Source], student: Stream, spec: HealSpec, running: Running, batches: Sequence[Batch]
+) -> bool:
     """Divide the memory as ``engine.budget`` does, both streams' states and all that healing takes included."""
     takes = healing_bytes(student, spec.method, spec.pace, batches)
+    walking = batches if len(sources) == 2 else [*batches, *batches]
     try:
-        # Both streams' hidden states: twice the text.
-        return share_out(running.max_memory, [source], [*batches, *batches], work=takes.work, held=takes.held)
+        return share_out(running.max_memory, sources, walking, work=takes.work, held=takes.held)
     except UsageError as error:
         if spec.method != "distill":
             raise

@@ -62,11 +62,15 @@ class HealSpec:
     """What heals a cut: the text, how much of it, and by which ``method`` ("none": only measure the damage).
 
     ``traces`` are read in their calibration split (a user's own in the train split, the largest);
-    ``heldout_tokens`` of their validation split judge every step and the whole.
+    ``heldout_tokens`` of their validation split judge every step and the whole. In a recipe, traces and
+    ``length`` are the recipe's where none are given. ``teacher``: the checkpoint to come back to (None: the one
+    that is cut; in a recipe the first).
     """
 
-    traces: tuple[str, ...] = ("builtin:all",)
+    traces: tuple[str, ...] = ()
     method: Method = "distill"
+    teacher: str | None = None
     max_tokens: Annotated[int, Ge(8)] = 98304
     heldout_tokens: Annotated[int, Ge(8)] = 16384
+    length: int | None = None
     pace: Pace = field(default_factory=Pace)

@@ -5,9 +5,9 @@ The steps fill the same objects as the commands' options:
     checkpoint: builtin:tiny-mixtral
     text: {traces: [builtin:all]}
     steps:
-      - retop: {top_k: 1}
+      - retop: {top_k: 1, heal: {method: ridge}}
       - profile: {max_tokens: 49152}
-      - prune: {keep: 6, criterion: reap}
+      - prune: {keep: 6, criterion: reap, heal: {pace: {steps: 300}}}
       - recover: {schedule: {steps: 150}}
 """
 
@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moesurgeon.errors import InputError
-from moesurgeon.pipeline.options import Running, Text
+from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.pipeline.prune import PruneSpec
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.train import Schedule
@@ -42,6 +42,19 @@ class RecoverStep(BaseModel):
     allow_noop: bool = False
 
 
+class RetopStep(BaseModel):
+    """``retop``, healed if ``heal`` says how."""
+
+    model_config = _STRICT
+
+    top_k: Annotated[int, Field(ge=1)] = RetopSpec().top_k
+    heal: HealSpec | None = None
+
+    @property
+    def spec(self) -> RetopSpec:
+        return RetopSpec(top_k=self.top_k)
+
+
 class ProfileStep(BaseModel):
     """``profile`` of the checkpoint as it is at this step."""
 
@@ -55,7 +68,7 @@ class Step(BaseModel):
 
     model_config = _STRICT
 
-    retop: RetopSpec | None = None
+    retop: RetopStep | None = None
     profile: ProfileStep | None = None
     prune: PruneSpec | None = None
     recover: RecoverStep | None = None
@@ -77,6 +90,12 @@ class Step(BaseModel):
     @property
     def name(self) -> str:
         return next(iter(self.model_fields_set))
+
+    @property
+    def heal(self) -> HealSpec | None:
+        """What heals this step's cut."""
+        step = self.retop or self.prune
+        return step.heal if step else None
 
 
 class Recipe(BaseModel):

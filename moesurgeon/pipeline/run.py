@@ -21,8 +21,9 @@ from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate, read_gate
+from moesurgeon.pipeline.heal import check_heal
 from moesurgeon.pipeline.inspect import inspect
-from moesurgeon.pipeline.options import Text, Writing
+from moesurgeon.pipeline.options import HealSpec, Text, Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
 from moesurgeon.pipeline.recipe import Recipe, Step, read_recipe
@@ -101,8 +102,10 @@ def _refuse_impossible(recipe: Recipe, output: RunOutput) -> None:
         read_gate(subject, recipe.text, EvaluateSpec(gates=(recipe.gate,)), has_teacher=True)
     anatomy = subject.anatomy
     for step in recipe.steps:
+        if step.heal:
+            check_heal(_healing(recipe, step.heal))
         if step.retop:
-            anatomy = plan_retop(anatomy, step.retop).result(anatomy)
+            anatomy = plan_retop(anatomy, step.retop.spec).result(anatomy)
         elif step.prune and step.prune.keep_experts is None:
             count = count_to_keep(anatomy.experts, keep=step.prune.keep, ratio=step.prune.ratio)
             check_count(anatomy, count)
@@ -118,15 +121,26 @@ def _text(recipe: Recipe, split: Split, max_tokens: int | None) -> Text:
     return replace(recipe.text, split=recipe.text.split or split, max_tokens=max_tokens)
 
 
+def _healing(recipe: Recipe, heal: HealSpec) -> HealSpec:
+    """Return ``heal`` with the recipe's text and first checkpoint (as teacher) where it names none."""
+    return replace(
+        heal,
+        traces=heal.traces or recipe.text.traces,
+        length=heal.length or recipe.text.length,
+        teacher=heal.teacher or recipe.checkpoint,
+    )
+
+
 def _write(
     recipe: Recipe, step: Step, current: str, taken: Path | None, target: Path, progress: Progress
 ) -> Mapping[str, Any]:
     """Do one step that writes a checkpoint."""
+    heal = _healing(recipe, step.heal) if step.heal else None
     if step.retop:
-        return retop(current, step.retop, Writing(output=target), progress)
+        return retop(current, step.retop.spec, Writing(output=target), progress, heal=heal, running=recipe.running)
     if step.prune:
         spec = step.prune if step.prune.profile or step.prune.keep_experts else replace(step.prune, profile=taken)
-        return prune(current, spec, Writing(output=target), progress)
+        return prune(current, replace(spec, heal=heal), Writing(output=target), progress, recipe.running)
     assert step.recover is not None
     spec_ = RecoverSpec(
         teacher=recipe.checkpoint,
@@ -179,9 +193,17 @@ def _measured(
         "utilization_entropy": sum(layer["entropy"] for layer in layers) / len(layers),
         "max_over_mean": max(layer["max_over_mean"] for layer in layers),
         "tokens_per_second": quality["tokens_per_second"],
-        "gap_closed": report.get("gap_closed"),
+        "gap_closed": _gap_closed(report),
         **({"gate": quality["gate"]} if "gate" in quality else {}),
     }
+
+
+def _gap_closed(report: Mapping[str, Any]) -> float | None:
+    """Return the share of the loss gap that a step closed itself, of those that do."""
+    if healing := report.get("healing"):
+        return healing["gap_closed"] if healing["kept"] else 0.0
+    closed: float | None = report.get("gap_closed")
+    return closed
 
 
 def _make_way(output: RunOutput) -> Path:
