@@ -31,6 +31,7 @@ class Arguments:
     def __init__(self, skeleton: Skeleton) -> None:
         self._skeleton = skeleton
         self._layers = [skeleton.layer(number) for number in range(skeleton.layers)]
+        self._positions = [module for module in skeleton.base.modules() if hasattr(module, "max_seq_len_cached")]
         # Of batches without padding only the shape matters.
         self._by_shape: dict[tuple[int, ...], list[Call]] = {}
         # Of padded ones everything does; as many as there is room for.
@@ -67,6 +68,10 @@ class Arguments:
     def _taken_down(self, batch: Batch, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
         calls: list[Call] = []
         first: list[torch.Tensor] = []
+        # Dynamic rotary embeddings remember the longest text so far; a batch must not depend on those before it.
+        for module in self._positions:
+            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                setattr(module, name, 0)
         with _listening(self._layers, first, calls), suppress(_AllTakenDown):
             self._skeleton.base(attention_mask=batch.mask, use_cache=False, **inputs)
         return first[0], calls

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from moesurgeon import launched
 from moesurgeon.engine.batches import Batch
 from moesurgeon.engine.device import Placement
 from moesurgeon.engine.streams import Source
@@ -75,7 +76,7 @@ def _free(limit: int | None, device: torch.device) -> int:
         return min(limit, available) if limit is not None else int(_SHARE * available)
     if limit is not None:
         return limit - int(psutil.Process().memory_info().rss)
-    return int(_SHARE * _available())
+    return int(_SHARE * _available()) // launched.size_here()
 
 
 def _available() -> int:

@@ -6,25 +6,16 @@ batches. So every sum adds up the same numbers in the same order whatever the nu
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesurgeon import launched
 from moesurgeon.errors import OutputError
 
 Array = NDArray[np.float64]
-
-
-def rank_of_process() -> int:
-    """Return the number that the launcher gave this process; 0 without one."""
-    return int(os.environ.get("RANK", "0") or 0) if _size() > 1 else 0
-
-
-def _size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1") or 1)
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,10 @@ class Ranks:
     def mine(self, count: int) -> range:
         """Return which of ``count`` batches are this process's."""
         return range(self.number, count, self.size)
+
+    def least(self, value: int) -> int:
+        """Return the least of the values that the processes have; none goes on before all have got here."""
+        return int(self.gathered(np.array([[float(value)]]), self.size).min())
 
     def gathered(self, values: Array, count: int) -> Array:
         """Return what all processes have for ``count`` batches, in the order of the batches.
@@ -73,7 +68,7 @@ def join_ranks(device: str) -> Ranks:
     ``device``: as the user said it; with "cpu" they talk over gloo whatever else the machine has. Raises
     OutputError if they do not find each other.
     """
-    if _size() == 1:
+    if launched.size() == 1:
         return Ranks()
     from accelerate import PartialState
 

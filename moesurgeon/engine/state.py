@@ -12,8 +12,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from moesurgeon.checkpoint.install import sync
 from moesurgeon.engine.ranks import Array, Ranks
 from moesurgeon.engine.walk import Walk
@@ -43,8 +41,9 @@ class WalkState:
         """
         from safetensors.numpy import load_file
 
-        done = int(ranks.gathered(np.array([[float(self._done)]]), ranks.size).min())
-        if done == 0 or not self._sums(done).is_file():
+        done = ranks.least(self._done)
+        if not ranks.least(done > 0 and self._sums(done).is_file()):
+            (self.folder / _STATE).unlink(missing_ok=True)  # what it speaks of is written over now
             return 0
         for name, array in load_file(self._sums(done)).items():
             sums[name][:] = array
@@ -68,13 +67,7 @@ class WalkState:
         sync(part)
         part.rename(self.folder / _STATE)
         self._sums(done - 2).unlink(missing_ok=True)  # the last two stay, for a rank that is behind
-        ranks.gathered(np.zeros((1, 1)), ranks.size)  # wait for all
-
-    def discard(self) -> None:
-        """Remove the state: the result is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
-            self.folder.parent.rmdir()
+        ranks.least(done)  # wait for all
 
     def _sums(self, done: int) -> Path:
         return self.folder / f"{done}.safetensors"

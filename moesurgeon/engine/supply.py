@@ -91,26 +91,27 @@ class Supply:
         self.devices = list(devices)
         self.allow(sum(self._sizes))
 
-    def walk(self, start: int = 0) -> Generator[tuple[int, Tensors]]:
-        """Yield (group, tensors by name) from group ``start`` on; the tensors hold until the next is asked for."""
-        passing = [group for group in range(start, len(self._groups)) if group not in self.plan.kept]
+    def walk(self, start: int = 0, stop: int | None = None) -> Generator[tuple[int, Tensors]]:
+        """Yield (group, tensors by name) of groups ``start`` to ``stop`` (all); the tensors hold until the next one."""
+        groups = range(start, len(self._groups) if stop is None else stop)
+        passing = [group for group in groups if group not in self.plan.kept]
         if passing and not self._slots:
             self._slots = [self._memory(self.plan.slot, self.devices[0]) for _ in range(2)]
         slot_of = {group: self._slots[number % 2] for number, group in enumerate(passing)}
-        stop = threading.Event()
+        enough = threading.Event()
         with ThreadPoolExecutor(1, thread_name_prefix="moesurgeon-read") as pool:
             reads: dict[int, Future[Tensors]] = {}
-            order = iter(group for group in range(start, len(self._groups)) if group not in self._kept)
+            order = iter(group for group in groups if group not in self._kept)
 
             def read_ahead(free: int) -> None:
                 """Begin to read until the next ``free`` of those that pass through a slot are under way."""
                 while free > 0 and (group := next(order, None)) is not None:
-                    reads[group] = pool.submit(self._read, group, slot_of.get(group), stop)
+                    reads[group] = pool.submit(self._read, group, slot_of.get(group), enough)
                     free -= group in slot_of
 
             try:
                 read_ahead(2)
-                for group in range(start, len(self._groups)):
+                for group in groups:
                     tensors = self._kept[group] if group in self._kept else reads.pop(group).result()
                     if group in self.plan.kept:
                         self._kept[group] = tensors
@@ -120,7 +121,7 @@ class Supply:
                     if group in slot_of:
                         read_ahead(1)
             finally:
-                stop.set()
+                enough.set()
                 for read in reads.values():
                     read.cancel()
 

@@ -8,8 +8,8 @@ what goes in and out, change the overlay of a stream, run a layer as often as it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,11 @@ class Walk:
             for number, stream in enumerate(self.streams)
         }
 
-    def layers(self, start: int = 0) -> Iterator[Layer]:
+    def layers(self, start: int = 0) -> Generator[Layer]:
         """Yield the layers from ``start`` on; what was not moved by whoever walks is not moved.
 
-        Streams of a checkpoint with fewer layers wait at its end for the others.
+        Streams of a checkpoint with fewer layers wait at its end for the others. Close it where you leave early,
+        as an error does, and nothing is read any more.
         """
         with self._groups(start + 1 if start else 0) as groups:
             for group, read in groups:
@@ -162,11 +163,12 @@ class Walk:
 
     def through(self, look: Look | None = None, *, start: int = 0, advance: Advance | None = None) -> None:
         """Take everything through all layers, with the visitors that ``look`` gives."""
-        for layer in self.layers(start):
-            for stream, batch in self.moving(layer):
-                layer.move(stream, batch, look(stream, batch) if look else None)
-                if advance:
-                    advance(self.batches[batch].text_tokens / stream.source.layers / len(self.streams))
+        with closing(self.layers(start)) as layers:
+            for layer in layers:
+                for stream, batch in self.moving(layer):
+                    layer.move(stream, batch, look(stream, batch) if look else None)
+                    if advance:
+                        advance(self.batches[batch].text_tokens / stream.source.layers / len(self.streams))
 
     def tokens_per_second(self, stream: Stream) -> float:
         """Return the speed of the layers alone, the median over batches: one busy moment does not count."""
@@ -182,7 +184,7 @@ class Walk:
     @contextmanager
     def _groups(self, start: int) -> Iterator[Iterator[tuple[int, Mapping[Source, Tensors]]]]:
         """The groups of all sources up to the last layer, side by side."""
-        walks = {source: source.supply.walk(start) for source in self.sources}
+        walks = {source: source.supply.walk(start, source.layers + 1) for source in self.sources}
 
         def side_by_side() -> Iterator[tuple[int, Mapping[Source, Tensors]]]:
             for group in range(start, max(source.layers for source in self.sources) + 1):

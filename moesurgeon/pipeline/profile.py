@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def profile(
         transformers=transformers.__version__,
     )
     with ready([subject], corpus, placement, length=length, max_memory=running.max_memory) as walk:
-        state = None if walk.is_resident or not output.resume else _state(output.output, origin, walk, ranks)
+        # All keep a state or none does, whatever memory each of them found.
+        streams = not ranks.least(walk.is_resident)
+        state = _state(output.output, origin, walk, ranks) if streams and output.resume else None
         statistics = take_profile(
             Stream(walk.sources[0]),
             corpus.domains,
@@ -72,8 +75,8 @@ def profile(
     taken = Profile(statistics, origin)
     if ranks.is_first:
         save_profile(taken, output.output, overwrite=output.overwrite)
-    if state:
-        state.discard()
+    ranks.least(1)  # it is written
+    shutil.rmtree(_kept(output.output), ignore_errors=True)  # also of an attempt with less memory than this one
     return {"checkpoint": source, "path": str(output.output), "resident": is_resident, **taken.summary()}
 
 
@@ -82,4 +85,9 @@ def _state(output: Path, origin: Origin, walk: Ready, ranks: Ranks) -> WalkState
     shapes = [tuple(batch.tokens.shape) for batch in walk.batches]
     facts = [moesurgeon.__version__, torch.__version__, asdict(origin), shapes]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return WalkState(output.with_name(f".{output.name}.walk"), digest, ranks)
+    return WalkState(_kept(output), digest, ranks)
+
+
+def _kept(output: Path) -> Path:
+    """Return the folder of what a killed attempt at ``output`` left to go on with."""
+    return output.with_name(f".{output.name}.walk")

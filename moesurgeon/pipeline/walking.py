@@ -47,12 +47,23 @@ def ready(
             for subject in subjects
         ]
         fits = share_out(max_memory, sources, batches)
-        folder = None
-        if not fits:
-            try:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moesurgeon-")))
-            except OSError as error:
-                raise OutputError(
-                    f"no folder for hidden states could be made ({error.strerror}); point TMPDIR at a disk with room"
-                ) from error
-        yield Ready(sources, batches, folder)
+        yield Ready(sources, batches, stack.enter_context(hidden_folder(fits)))
+
+
+@contextmanager
+def hidden_folder(fits: bool) -> Iterator[Path | None]:
+    """Give the folder for hidden states that do not fit into memory; None for those that do.
+
+    Raises OutputError if there is none to be had.
+    """
+    if fits:
+        yield None
+        return
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="moesurgeon-")
+    except OSError as error:
+        raise OutputError(
+            f"no folder for hidden states could be made ({error.strerror}); point TMPDIR at a disk with room"
+        ) from error
+    with folder as path:
+        yield Path(path)

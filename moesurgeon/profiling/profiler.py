@@ -8,6 +8,7 @@ makes of the recorded logits. A profile that records anything else is worse than
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -53,17 +54,18 @@ def take_profile(
     for batch in batches:
         collector.statistics.seen[domains.index(batch.domain)] += batch.text_tokens
     walk = Walk([stream], mine, folder if state is None else state.folder, keep=state is not None)
-    with progress.task("profiling", sum(batch.text_tokens for batch in mine), "tokens") as advance:
-        start = state.resumed(walk, sums, ranks) if state else 0
-        advance(sum(batch.text_tokens for batch in mine) * start / stream.source.layers)
-        for layer in walk.layers(start):
+    start = state.resumed(walk, sums, ranks) if state else 0
+    tokens = sum(batch.text_tokens for batch in mine)
+    with progress.task("profiling", tokens, "tokens") as advance, closing(walk.layers(start)) as layers:
+        advance(tokens * start / stream.source.layers)
+        for layer in layers:
             taken = []
             for number, batch in enumerate(mine):
                 layer.move(stream, number, collector.visitor(batch))
                 taken.append(collector.taken())
                 advance(batch.text_tokens / stream.source.layers)
             if layer.number in stream.anatomy.moe_layers:
-                parts = ranks.gathered(np.array(taken).reshape(len(taken), -1), len(batches))
+                parts = ranks.gathered(np.array(taken).reshape(len(taken), collector.width), len(batches))
                 collector.add(layer.number, [batch.domain for batch in batches], parts)
             if state:
                 state.save(walk, layer.number + 1, sums, ranks)
@@ -84,7 +86,7 @@ class _Collector:
     def visitor(self, batch: Batch) -> _Collector:
         """Return who looks at ``batch`` on its way through a layer."""
         self._rows = batch.is_text.flatten().nonzero().squeeze(-1)
-        self._taken = np.zeros(self._width)
+        self._taken = np.zeros(self.width)
         return self
 
     def taken(self) -> Array:
@@ -132,7 +134,8 @@ class _Collector:
         self._taken = torch.cat([*columns, ends]).cpu().numpy()
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
+        """The length of a row."""
         return len(_NAMES) * self.statistics.experts + len(PER_LAYER)
 
     def _per_expert(self, experts: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
