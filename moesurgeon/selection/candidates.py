@@ -1,0 +1,92 @@
+"""Which experts a share of the traffic calls cold, what the criteria say of them, and which of them are niches.
+
+The rule of thumb removes experts that get less than 0.5 to 1 % of the tokens over long windows. Stock runtimes hold
+one count for the whole model, so what can be removed is the number that the rule finds in every layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from moesurgeon.errors import NothingToDo, UsageError
+from moesurgeon.profiling.statistics import Statistics
+from moesurgeon.profiling.summary import niches_of
+from moesurgeon.profiling.uncertainty import has_support, interval, per_token
+from moesurgeon.selection.choose import best
+from moesurgeon.selection.criteria import CRITERIA, scores_of
+from moesurgeon.selection.stability import rank_agreement
+
+_COMPARED = tuple(name for name in CRITERIA if name != "random")
+
+
+def candidates(statistics: Statistics, below: float, groups: int = 1) -> dict[str, Any]:
+    """Return what the rule finds: by layer the cold experts, and how the criteria agree on as many of them.
+
+    An expert is cold where its share of the tokens is under ``below``, ``sure`` where the upper end of its 95 %
+    interval is as well. ``count``: how many the rule would remove from every layer.
+    """
+    share, high = per_token(statistics, "tokens").value, interval(per_token(statistics, "tokens"))[1]
+    supported = has_support(statistics)
+    layers = {}
+    for row, layer in enumerate(statistics.layers):
+        niches = niches_of(statistics, row)
+        layers[str(layer)] = [
+            {
+                "expert": int(expert),
+                "share": float(share[row, expert]),
+                "sure": bool(high[row, expert] < below),
+                "supported": bool(supported[row, expert]),
+                "niches": [niche for niche in niches if niche["expert"] == expert],
+            }
+            for expert in np.flatnonzero(share[row] < below)
+        ]
+    count = count_below(statistics, below, groups)
+    report: dict[str, Any] = {"below": below, "count": count, "layers": layers}
+    if 0 < count < statistics.experts:
+        report["agreement"] = _agreement(statistics, statistics.experts - count, groups)
+    return report
+
+
+def count_below(statistics: Statistics, below: float, groups: int = 1) -> int:
+    """Return how many experts under a share of ``below`` every layer has (with groups: every group)."""
+    if not 0 < below < 1:
+        raise UsageError(f"--below {below:g} is not between 0 and 1: it is a share of the tokens, such as 0.005")
+    cold = per_token(statistics, "tokens").value < below
+    by_group = cold.reshape(len(statistics.layers), groups, -1).sum(axis=2)
+    return int(by_group.min()) * groups
+
+
+def keep_above(statistics: Statistics, below: float, top_k: int, groups: int = 1) -> int:
+    """Return how many experts stay when the rule is applied; NothingToDo if some layer has none to give."""
+    count = count_below(statistics, below, groups)
+    if count == 0:
+        cold = (per_token(statistics, "tokens").value < below).sum(axis=1)
+        layer = statistics.layers[int(cold.argmin())]
+        raise NothingToDo(
+            f"nothing to prune: layer {layer} has {int(cold.min())} experts under a share of {below:g}; every layer "
+            "(and routing group) has to lose the same number; raise --below or give --keep"
+        )
+    return max(statistics.experts - count, top_k)
+
+
+def _agreement(statistics: Statistics, keep: int, groups: int) -> list[dict[str, Any]]:
+    """Return for each pair of criteria their rank correlation and the overlap of what they would drop."""
+    scores = {name: scores_of(statistics, name) for name in _COMPARED}
+    chosen = {name: best(of, statistics.layers, keep, groups) for name, of in scores.items()}
+    dropped = statistics.experts - keep
+    pairs = []
+    for one, other in itertools.combinations(_COMPARED, 2):
+        both = [
+            statistics.experts - len(set(chosen[one][layer]) | set(chosen[other][layer])) for layer in statistics.layers
+        ]
+        pairs.append(
+            {
+                "criteria": [one, other],
+                "rank_correlation": rank_agreement(scores[one], scores[other]),
+                "overlap": float(np.mean(both)) / dropped,
+            }
+        )
+    return pairs
