@@ -93,9 +93,11 @@ def _choice(subject: Subject, spec: PruneSpec) -> tuple[Kept, dict[str, Any]]:
     check_count(anatomy, count)
     profile = load_profile(spec.profile)
     _check_profile(profile, subject, spec.profile)
-    scores = scores_of(profile.statistics, spec.criterion, spec.seed)
+    scores = scores_of(profile.weighted, spec.criterion, spec.seed)
     kept = best(scores, profile.statistics.layers, count, anatomy.groups[0])
     how: dict[str, Any] = {"criterion": spec.criterion, "profile_traces": profile.origin.trace_hashes}
+    if profile.origin.weights:
+        how["domain_weights"] = profile.origin.weights
     return kept, how | ({"seed": spec.seed} if spec.criterion == "random" else {})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ class Origin:
     length: int
     placement: str
     transformers: str
+    weights: dict[str, float] = field(default_factory=dict)
+    """By domain, what its tokens count in decisions; one where it is not named. The sums are without them."""
+    sample: int | None = None
+    """The seed by which documents were sampled; None: the first ones were read."""
+    chat_template: str | None = None
+    """sha256 of the template that made text of chats; None where there was none, or no chat."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class Profile:
 
     statistics: Statistics
     origin: Origin
+
+    @property
+    def weighted(self) -> Statistics:
+        """The statistics with the weights of the domains: what every choice of experts is made on."""
+        return self.statistics.weighted(self.origin.weights)
 
     def summary(self) -> dict[str, Any]:
         """Return what ``profile --json`` reports: tokens, domains, and figures per layer."""
@@ -87,6 +98,8 @@ def load_profile(folder: Path) -> Profile:
             arrays,
         )
         profile = Profile(statistics, Origin(**facts["origin"]))
+        if not all(0 <= float(weight) < float("inf") for weight in profile.origin.weights.values()):
+            raise ValueError("weights")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
         raise ProfileError(
             f"{folder} is damaged ({type(error).__name__}); make it again with moesurgeon profile"

@@ -43,7 +43,7 @@ class Documents:
         """Add the text itself: documents, their lengths, tokens by fold."""
         np.add.at(statistics.sums["documents"], self._domain, 1)
         np.add.at(statistics.sums["documents.squares"], self._domain, self._tokens**2)
-        np.add.at(statistics.sums["seen.folds"], self._fold, self._tokens)
+        np.add.at(statistics.sums["seen.folds"], (self._domain, self._fold), self._tokens)
 
     def add(self, batch: int, by_window: Array) -> None:
         """Add the sums [W, 4, E] of the windows of ``batch``."""
@@ -61,5 +61,5 @@ class Documents:
             ):
                 target = statistics.sums[f"{name}.{suffix}"][:, layer]
                 np.add.at(target, self._domain, values)
-            np.add.at(statistics.sums[f"{name}.folds"][:, layer], self._fold, x)
+            np.add.at(statistics.sums[f"{name}.folds"][:, :, layer], (self._domain, self._fold), x)
         self._sums[:] = 0.0

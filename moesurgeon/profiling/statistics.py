@@ -56,9 +56,9 @@ _AXES: Mapping[str, str] = {
     **{f"{name}.squares": "DLE" for name in CLUSTERED},
     **{f"{name}.by_document": "DLE" for name in CLUSTERED},
     **{f"{name}.by_tokens": "DLE" for name in CLUSTERED},
-    **{f"{name}.folds": "FLE" for name in CLUSTERED},
+    **{f"{name}.folds": "DFLE" for name in CLUSTERED},
     "seen": "DP",  # tokens of text
-    "seen.folds": "F",
+    "seen.folds": "DF",
     "documents": "D",
     "documents.squares": "D",  # sum over documents of t^2
     # By size, capacity factor and gate: choices that were made, that did not fit, and places that there were.
@@ -66,6 +66,7 @@ _AXES: Mapping[str, str] = {
     # By size and gate: dispatches, sum of the largest loads, rows in blocks of 128, choices.
     "dispatch": "LSGY",
 }
+_QUADRATIC = (".squares", ".by_document", ".by_tokens")  # of the sums over documents
 _SIZES = {"P": len(POSITIONS), "F": FOLDS, "B": BINS, "S": len(SIZES), "C": len(FACTORS), "G": 2, "X": 3, "Y": 4}
 
 
@@ -78,6 +79,8 @@ class Statistics:
     experts: int
     top_k: int
     sums: dict[str, Array]
+    weights: tuple[float, ...] = ()
+    """What the sums of each domain were multiplied by (``weighted``); empty where that is one."""
 
     @classmethod
     def empty(cls, domains: Iterable[str], layers: tuple[int, ...], experts: int, top_k: int) -> Statistics:
@@ -92,6 +95,11 @@ class Statistics:
         seen: Array = self.sums["seen"].sum(axis=1)
         return seen
 
+    @property
+    def counts_only(self) -> bool:
+        """Whether these are a server's counts of tokens, with nothing known of weights and outputs."""
+        return bool(self.sums["tokens"].any()) and not self.sums["weight"].any()
+
     def total(self, name: str) -> Array:
         """Return the sum over domains and positions ([L, E] or [L]); of ``peak`` the largest."""
         return self._over(name, "DP")
@@ -103,6 +111,35 @@ class Statistics:
     def by_position(self, name: str) -> Array:
         """Return the sum over domains, by bucket of positions ([P, L, E] or [P, L]); of ``peak`` the largest."""
         return self._over(name, "D")
+
+    def weighted(self, weights: Mapping[str, float]) -> Statistics:
+        """Return the statistics in which a token of each domain counts ``weights`` times: what decisions are made on.
+
+        Sums of squares and products over documents take the square of the weight, so that errors remain those of
+        the weighted sums. Peaks, numbers of documents, and what has no domain (``together``, dispatches) stay.
+        """
+        assert not self.weights, "weighted once already"
+        factors = tuple(float(weights.get(domain, 1.0)) for domain in self.domains)
+        if set(factors) <= {1.0}:
+            return self
+        sums = {}
+        for name, array in self.sums.items():
+            stays = name in {PEAK, "documents"} or not _AXES[name].startswith("D")
+            power = 0 if stays else 2 if name.endswith(_QUADRATIC) else 1
+            sums[name] = array * np.array(factors).reshape(-1, *[1] * (array.ndim - 1)) ** power if power else array
+        return Statistics(self.domains, self.layers, self.experts, self.top_k, sums, factors)
+
+    def support(self) -> Array:
+        """Return how many routed tokens each expert's mean rests on [L, E].
+
+        With weights the effective number (sum w n)^2 / sum w^2 n: twice the weight is not twice the text.
+        """
+        tokens = self.by_domain("tokens")
+        if not self.weights:
+            return self.total("tokens")
+        total, squared = tokens.sum(axis=0), np.tensordot(np.array(self.weights), tokens, axes=1)
+        result: Array = np.divide(total**2, squared, out=np.zeros_like(total), where=squared > 0)
+        return result
 
     def utilization(self) -> Array:
         """Return [L, E]: each expert's share of its layer's routed tokens; a layer adds up to 1."""

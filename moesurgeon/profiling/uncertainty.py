@@ -24,10 +24,14 @@ SUPPORT = 100
 
 @dataclass(frozen=True)
 class Estimate:
-    """``value`` and its standard ``error`` [L, E]; the error is infinite where fewer than two documents count."""
+    """``value`` and its standard ``error`` [L, E]; the error is infinite where fewer than two documents count.
+
+    ``unseen``: up to where the value may be where nothing was counted and no error can be computed.
+    """
 
     value: Array
     error: Array
+    unseen: float = 0.0
 
 
 def per_token(statistics: Statistics, name: str, domain: str | None = None) -> Estimate:
@@ -42,18 +46,23 @@ def per_routed_token(statistics: Statistics, name: str, domain: str | None = Non
 
 def utilization(statistics: Statistics, domain: str | None = None) -> Estimate:
     """Return each expert's share of the routed tokens of its layer."""
-    estimate = per_token(statistics, "tokens", domain)
-    return Estimate(estimate.value / statistics.top_k, estimate.error / statistics.top_k)
+    estimate, k = per_token(statistics, "tokens", domain), statistics.top_k
+    return Estimate(estimate.value / k, estimate.error / k, estimate.unseen / k)
 
 
 def interval(estimate: Estimate) -> tuple[Array, Array]:
-    """Return the 95 % interval; from 0 on, since nothing that is counted here is negative."""
-    return np.maximum(estimate.value - 1.96 * estimate.error, 0.0), estimate.value + 1.96 * estimate.error
+    """Return the 95 % interval; from 0 on, since nothing that is counted here is negative.
+
+    Of what was not met once in n tokens the share may still be 3 / n (the rule of three; Hanley and Lippman-Hand,
+    JAMA 249, 1983).
+    """
+    low, high = np.maximum(estimate.value - 1.96 * estimate.error, 0.0), estimate.value + 1.96 * estimate.error
+    return low, np.where(estimate.value == 0, np.maximum(high, estimate.unseen), high)
 
 
 def has_support(statistics: Statistics) -> np.ndarray:
     """Tell for each expert [L, E] whether it was given enough tokens to be judged by their mean."""
-    enough: np.ndarray = statistics.total("tokens") >= SUPPORT
+    enough: np.ndarray = statistics.support() >= SUPPORT
     return enough
 
 
@@ -69,10 +78,13 @@ def _ratio(statistics: Statistics, name: str, product: str, domain: str | None) 
         n = statistics.by_domain("tokens")[chosen].sum(axis=0)
         nn = sums["tokens.squares"][chosen].sum(axis=0)
     count = float(sums["documents"][chosen].sum())
-    n = np.broadcast_to(n, x.shape)
+    n, nn = np.broadcast_to(n, x.shape), np.broadcast_to(nn, x.shape)
     value = np.divide(x, n, out=np.zeros_like(x), where=n > 0)
     spread = np.maximum(xx - 2 * value * xn + value**2 * nn, 0.0)
     error = np.full_like(x, np.inf)
     if count > 1:
-        np.divide(np.sqrt(spread * count / (count - 1)), n, out=error, where=n > 0)
-    return Estimate(value, error)
+        # Where one document has all of n, whatever it says is the mean: no spread, and no certainty either.
+        np.divide(np.sqrt(spread * count / (count - 1)), n, out=error, where=n**2 > nn * (1 + 1e-12))
+    seen, weights = statistics.seen[chosen], np.array(statistics.weights or (1.0,) * len(statistics.domains))[chosen]
+    effective = seen.sum() ** 2 / (weights @ seen) if seen.any() else 0.0  # tokens: twice the weight is not twice those
+    return Estimate(value, error, float(3 / effective) if name == "tokens" and effective else 0.0)

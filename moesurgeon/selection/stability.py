@@ -38,15 +38,16 @@ class Stability:
 def stability(statistics: Statistics, criterion: str, count: int, groups: int = 1) -> Stability | None:
     """Return how stable the choice of ``count`` experts by ``criterion`` is; None if there are too few documents.
 
-    Of the 70 ways to halve the eight folds each counts once. A seeded random choice does not depend on text.
+    Of the 70 ways to halve the eight folds each counts once, except those that leave all of the text in one half.
+    A seeded random choice does not depend on text.
     """
-    seen = statistics.sums["seen.folds"]
+    seen = statistics.sums["seen.folds"].sum(axis=0)
     if criterion == "random" or (seen > 0).sum() < 2:
         return None
     chosen = best(scores_of(statistics, criterion), statistics.layers, count, groups)
     changes = []
     for folds in itertools.combinations(range(FOLDS), FOLDS // 2):
-        if seen[list(folds)].sum() == 0:
+        if not 0 < seen[list(folds)].sum() < seen.sum():
             continue
         half = best(scores_of(_half(statistics, folds), criterion), statistics.layers, count, groups)
         changes.append([len(set(chosen[layer]) - set(half[layer])) for layer in statistics.layers])
@@ -78,7 +79,7 @@ def _half(statistics: Statistics, folds: tuple[int, ...]) -> Statistics:
     """Return the sums of the documents of ``folds``, as far as criteria need them."""
     part = Statistics.empty(("half",), statistics.layers, statistics.experts, statistics.top_k)
     for name in CLUSTERED:
-        part.sums[name][0, 0] = statistics.sums[f"{name}.folds"][list(folds)].sum(axis=0)
+        part.sums[name][0, 0] = statistics.sums[f"{name}.folds"][:, list(folds)].sum(axis=(0, 1))
     return part
 
 
