@@ -16,7 +16,8 @@ from moesurgeon.profiling.statistics import BLOCK_ROWS, FACTORS, SIZES, Array, S
 def add_dispatches(statistics: Statistics, layer: int, tokens: Sequence[int], loads: tuple[Array, Array]) -> None:
     """Add the windows of a batch, of so many ``tokens`` and with these ``loads`` [W, E] of both gates.
 
-    For each size, windows are put together until a dispatch has so many tokens; a rest of under half is left out.
+    For each size, windows are put together until a dispatch has so many tokens; a rest of under half is left out,
+    and so is a window of over twice as many, which would pass for a smaller dispatch than it is.
     """
     for size_number, size in enumerate(SIZES):
         for start, stop in _groups(tokens, size):
@@ -38,7 +39,8 @@ def _groups(tokens: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
     for number, count in enumerate(tokens, start=1):
         held += count
         if held >= size:
-            yield start, number
+            if held <= 2 * size:
+                yield start, number
             start, held = number, 0
     if held >= size / 2:
         yield start, len(tokens)

@@ -12,24 +12,26 @@ from typing import Any
 import numpy as np
 
 from moesurgeon.errors import NothingToDo, UsageError
-from moesurgeon.profiling.statistics import Statistics
+from moesurgeon.profiling.statistics import Array, Statistics
 from moesurgeon.profiling.summary import niches_of
 from moesurgeon.profiling.uncertainty import has_support, interval, per_token
 from moesurgeon.selection.choose import best
-from moesurgeon.selection.criteria import CRITERIA, scores_of
+from moesurgeon.selection.criteria import COUNTING, CRITERIA, scores_of
 from moesurgeon.selection.stability import rank_agreement
-
-_COMPARED = tuple(name for name in CRITERIA if name != "random")
 
 
 def candidates(statistics: Statistics, below: float, groups: int = 1) -> dict[str, Any]:
     """Return what the rule finds: by layer the cold experts, and how the criteria agree on as many of them.
 
     An expert is cold where its share of the tokens is under ``below``, ``sure`` where the upper end of its 95 %
-    interval is as well. ``count``: how many the rule would remove from every layer.
+    ``interval`` is as well; ``ranks`` by criterion, 1 for the first that it would drop. ``count``: how many the rule
+    would remove from every layer.
     """
-    share, high = per_token(statistics, "tokens").value, interval(per_token(statistics, "tokens"))[1]
+    share, (low, high) = share_of_tokens(statistics), interval(per_token(statistics, "tokens"))
     supported = has_support(statistics)
+    scores = {name: scores_of(statistics, name) for name in _compared(statistics)}
+    # As the choice sorts: of equal scores the lower number stays.
+    orders = {name: np.argsort(np.argsort(-of, axis=1, kind="stable"), axis=1) for name, of in scores.items()}
     layers = {}
     for row, layer in enumerate(statistics.layers):
         niches = niches_of(statistics, row)
@@ -37,48 +39,61 @@ def candidates(statistics: Statistics, below: float, groups: int = 1) -> dict[st
             {
                 "expert": int(expert),
                 "share": float(share[row, expert]),
+                "interval": [float(end) if np.isfinite(end) else None for end in (low[row, expert], high[row, expert])],
                 "sure": bool(high[row, expert] < below),
                 "supported": bool(supported[row, expert]),
                 "niches": [niche for niche in niches if niche["expert"] == expert],
+                "ranks": {name: statistics.experts - int(order[row, expert]) for name, order in orders.items()},
             }
             for expert in np.flatnonzero(share[row] < below)
         ]
     count = count_below(statistics, below, groups)
     report: dict[str, Any] = {"below": below, "count": count, "layers": layers}
     if 0 < count < statistics.experts:
-        report["agreement"] = _agreement(statistics, statistics.experts - count, groups)
+        report["agreement"] = _agreement(statistics, scores, statistics.experts - count, groups)
     return report
+
+
+def share_of_tokens(statistics: Statistics) -> Array:
+    """Return each expert's share of the tokens of its layer [L, E]: k times its share of what was routed."""
+    return statistics.utilization() * statistics.top_k
 
 
 def count_below(statistics: Statistics, below: float, groups: int = 1) -> int:
     """Return how many experts under a share of ``below`` every layer has (with groups: every group)."""
     if not 0 < below < 1:
         raise UsageError(f"--below {below:g} is not between 0 and 1: it is a share of the tokens, such as 0.005")
-    cold = per_token(statistics, "tokens").value < below
+    cold = share_of_tokens(statistics) < below
     by_group = cold.reshape(len(statistics.layers), groups, -1).sum(axis=2)
     return int(by_group.min()) * groups
 
 
-def keep_above(statistics: Statistics, below: float, top_k: int, groups: int = 1) -> int:
-    """Return how many experts stay when the rule is applied; NothingToDo if some layer has none to give."""
-    count = count_below(statistics, below, groups)
-    if count == 0:
-        cold = (per_token(statistics, "tokens").value < below).sum(axis=1)
-        layer = statistics.layers[int(cold.argmin())]
+def keep_above(statistics: Statistics, below: float, least: int, groups: int = 1) -> int:
+    """Return how many experts stay, ``least`` at least, when the rule is applied; NothingToDo if all would."""
+    count = max(statistics.experts - count_below(statistics, below, groups), least)
+    if count == statistics.experts:
+        cold = (share_of_tokens(statistics) < below).sum(axis=1)
+        row = int(cold.argmin())
         raise NothingToDo(
-            f"nothing to prune: layer {layer} has {int(cold.min())} experts under a share of {below:g}; every layer "
-            "(and routing group) has to lose the same number; raise --below or give --keep"
+            f"nothing to prune: layer {statistics.layers[row]} has {int(cold[row])} experts under a share of "
+            f"{below:g}; every layer{' and routing group' if groups > 1 else ''} has to lose the same number and keep "
+            f"{least} at least; raise --below, or give --keep; --dry-run lists what is cold"
         )
-    return max(statistics.experts - count, top_k)
+    return count
 
 
-def _agreement(statistics: Statistics, keep: int, groups: int) -> list[dict[str, Any]]:
+def _compared(statistics: Statistics) -> tuple[str, ...]:
+    return tuple(
+        name for name in CRITERIA if name != "random" and (name in COUNTING or not statistics.counts_only)
+    )  # fmt: skip
+
+
+def _agreement(statistics: Statistics, scores: dict[str, Array], keep: int, groups: int) -> list[dict[str, Any]]:
     """Return for each pair of criteria their rank correlation and the overlap of what they would drop."""
-    scores = {name: scores_of(statistics, name) for name in _COMPARED}
     chosen = {name: best(of, statistics.layers, keep, groups) for name, of in scores.items()}
     dropped = statistics.experts - keep
     pairs = []
-    for one, other in itertools.combinations(_COMPARED, 2):
+    for one, other in itertools.combinations(scores, 2):
         both = [
             statistics.experts - len(set(chosen[one][layer]) | set(chosen[other][layer])) for layer in statistics.layers
         ]
