@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moesurgeon.traces.windows import Corpus, Window, batches
+from moesurgeon.traces.batching import batches
+from moesurgeon.traces.windows import Corpus, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,14 @@ class Batch:
         return sum(len(window.tokens) for window in self.windows)
 
 
-def batches_of(corpus: Corpus, *, rows: int, device: torch.device) -> Iterator[Batch]:
-    """Yield the corpus in batches of up to ``rows`` windows of one domain and about one length."""
+def batches_of(corpus: Corpus, *, rows: int, device: torch.device, tokens: int = 0) -> Iterator[Batch]:
+    """Yield the corpus in batches of up to ``rows`` windows of one domain and about one length.
+
+    Short windows come in larger batches, up to ``tokens``.
+    """
     for domain in corpus.domains:
         mine = [window for window in corpus.windows if window.domain == domain]
-        for group in batches(mine, rows):
+        for group in batches(mine, rows, tokens):
             yield to_batch(group, device)
 
 
@@ -52,6 +56,10 @@ def to_batch(windows: Sequence[Window], device: torch.device) -> Batch:
     return Batch(windows[0].domain, windows, torch.from_numpy(tokens).to(device), padded)
 
 
+BATCH_TOKENS = 8192
+"""Enough for matrices, little enough for memory."""
+
+
 def rows_for(length: int) -> int:
-    """Windows per batch that make about 8192 tokens: enough for matrices, little enough for memory."""
-    return max(1, 8192 // length)
+    """Windows of this length per batch that make about ``BATCH_TOKENS``."""
+    return max(1, BATCH_TOKENS // length)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesurgeon.engine.batches import Batch, batches_of, rows_for
+from moesurgeon.engine.batches import BATCH_TOKENS, Batch, batches_of, rows_for
 from moesurgeon.engine.budget import share_out
 from moesurgeon.engine.device import Placement
 from moesurgeon.engine.streams import Source
@@ -40,7 +40,7 @@ def ready(
     ``max_memory``: bytes that the process (on an accelerator: the device) may take; None: most of what is
     free. Raises UsageError if that is too little, OutputError if there is nowhere to put hidden states.
     """
-    batches = list(batches_of(corpus, rows=rows_for(length), device=placement.device))
+    batches = list(batches_of(corpus, rows=rows_for(length), tokens=BATCH_TOKENS, device=placement.device))
     with ExitStack() as stack:
         sources = [
             stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement))

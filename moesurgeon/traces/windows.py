@@ -122,16 +122,6 @@ def take_windows(
     return windows
 
 
-def batches(windows: Sequence[Window], rows: int) -> Iterator[list[Window]]:
-    """Yield groups of at most ``rows`` windows, longest first: windows of a group are about as long.
-
-    Equal lengths stay in the order given. Every window comes once.
-    """
-    ordered = sorted(windows, key=lambda window: -len(window.tokens))
-    for start in range(0, len(ordered), rows):
-        yield ordered[start : start + rows]
-
-
 def _small_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
