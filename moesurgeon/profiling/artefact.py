@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import moesurgeon
 from moesurgeon.checkpoint.header import read_header
 from moesurgeon.checkpoint.staging import staged
 from moesurgeon.errors import CheckpointError, ProfileError
+from moesurgeon.profiling.inner import Inner
+from moesurgeon.profiling.latency_facts import checked_latency, latency_summary
 from moesurgeon.profiling.statistics import Statistics, shapes_of
 from moesurgeon.profiling.summary import summary_of
 
@@ -42,10 +45,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class Profile:
-    """Statistics and where they are from."""
+    """Statistics and where they are from; ``inner`` and ``latency`` where they were asked for."""
 
     statistics: Statistics
     origin: Origin
+    inner: Inner | None = None
+    latency: Mapping[str, Any] | None = None
 
     @property
     def weighted(self) -> Statistics:
@@ -54,7 +59,12 @@ class Profile:
 
     def summary(self) -> dict[str, Any]:
         """Return what ``profile --json`` reports: tokens, domains, and figures per layer."""
-        return {**summary_of(self.statistics), **asdict(self.origin)}
+        report = {**summary_of(self.statistics), **asdict(self.origin)}
+        if self.inner:
+            report["inner"] = {"tokens": self.inner.shape.tokens, "experts": self.inner.shape.kept}
+        if self.latency:
+            report["latency"] = latency_summary(self.latency, self.statistics)
+        return report
 
 
 def save_profile(profile: Profile, folder: Path, *, overwrite: bool = False) -> None:
@@ -71,9 +81,15 @@ def save_profile(profile: Profile, folder: Path, *, overwrite: bool = False) -> 
         "experts": statistics.experts,
         "top_k": statistics.top_k,
     }
+    if profile.inner:
+        facts["inner"] = profile.inner.facts()
+    if profile.latency:
+        facts["latency"] = profile.latency
     with staged(folder, overwrite=overwrite) as staging:
         save_file(statistics.sums, staging / _SUMS)
         (staging / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if profile.inner:
+            profile.inner.put_into(staging)
 
 
 def load_profile(folder: Path) -> Profile:
@@ -97,7 +113,12 @@ def load_profile(folder: Path) -> Profile:
             facts["top_k"],
             arrays,
         )
-        profile = Profile(statistics, Origin(**facts["origin"]))
+        profile = Profile(
+            statistics,
+            Origin(**facts["origin"]),
+            Inner.of_profile(folder, facts),
+            checked_latency(facts.get("latency"), statistics.layers),
+        )
         if not all(0 <= float(weight) < float("inf") for weight in profile.origin.weights.values()):
             raise ValueError("weights")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:

@@ -39,6 +39,10 @@ class Documents:
         self._fold = np.array([int.from_bytes(digest, "big") % FOLDS for digest in hashes])
         self._sums = np.zeros((len(numbers), len(CLUSTERED), experts))
 
+    def folds(self, batch: int) -> Array:
+        """Return the fold of each window of ``batch``."""
+        return self._fold[self._of_batch[batch]]
+
     def count(self, statistics: Statistics) -> None:
         """Add the text itself: documents, their lengths, tokens by fold."""
         np.add.at(statistics.sums["documents"], self._domain, 1)
