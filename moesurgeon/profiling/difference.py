@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesurgeon.profiling.statistics import Array, Statistics, normalised_entropy, shares
 from moesurgeon.profiling.uncertainty import Estimate, utilization
@@ -62,7 +63,7 @@ def difference(before: Statistics, after: Statistics, kept: Mapping[int, Sequenc
     return {"layers": layers, "significant": int(significant.sum()), "compared": int(stayed.sum())}
 
 
-def discoveries(chance: Array, level: float = LEVEL) -> Array:
+def discoveries(chance: Array, level: float = LEVEL) -> NDArray[np.bool_]:
     """Tell which of the probabilities ``chance`` [N] are discoveries, ``level`` of which are false on average.
 
     Benjamini and Hochberg, J. R. Stat. Soc. B 57 (1995): the largest i with p_(i) <= i / N x level, and all below.
@@ -72,7 +73,7 @@ def discoveries(chance: Array, level: float = LEVEL) -> Array:
     """
     ordered = np.sort(chance)
     passed = np.flatnonzero(ordered <= np.arange(1, len(chance) + 1) / max(1, len(chance)) * level)
-    result: Array = chance <= (ordered[passed[-1]] if len(passed) else -1.0)
+    result: NDArray[np.bool_] = chance <= (ordered[passed[-1]] if len(passed) else -1.0)
     return result
 
 

@@ -9,20 +9,28 @@ from pathlib import Path
 
 from moesurgeon.errors import ProfileError
 from moesurgeon.profiling.artefact import Origin, Profile
+from moesurgeon.profiling.latency_facts import merged_latency
 
 
-def merged_profiles(parts: Sequence[tuple[Path, Profile]]) -> Profile:
-    """Return the profile of all texts together; ProfileError if they cannot be added up.
+def merged_profiles(parts: Sequence[tuple[Path, Profile]]) -> tuple[Profile, list[str]]:
+    """Return the profile of all texts together and notes on what it lacks; ProfileError if they cannot be added up.
 
     The same documents must not be in two of them: they would count twice, and pass for surer than they are. What
-    can be told is the same text of a domain, by its hash.
+    can be told is the same text of a domain, by its hash. Inner products are of each profile's own tokens, and are
+    left out.
     """
     first = parts[0]
     for part in parts[1:]:
         _refuse_other(*first, *part)
     origin = reduce(_joined, ((path, profile.origin) for path, profile in parts[1:]), first[1].origin)
     statistics = reduce(lambda sum_, part: sum_.merged(part[1].statistics), parts[1:], first[1].statistics)
-    return Profile(statistics, origin)
+    latency, notes = first[1].latency, []
+    for _path, profile in parts[1:]:
+        latency, note = merged_latency(latency, profile.latency)
+        notes += [note] if note else []
+    if any(profile.inner for _path, profile in parts):
+        notes.append("inner products are not merged: the merged profile has none")
+    return Profile(statistics, origin, latency=latency), notes
 
 
 def _refuse_other(path: Path, profile: Profile, other_path: Path, other: Profile) -> None:

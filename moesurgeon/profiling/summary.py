@@ -24,6 +24,8 @@ COLLAPSED = 0.8
 NICHE = 2.0
 """An expert is a niche where some domain or position uses it so many times as often as all text does."""
 
+_MEASURED = ("gate_mass", "reap", "first_choice", "router_entropy", "router_margin")  # not to be had from counts
+
 
 def summary_of(statistics: Statistics) -> dict[str, Any]:
     """Return what ``profile --json`` reports of the sums.
@@ -31,7 +33,8 @@ def summary_of(statistics: Statistics) -> dict[str, Any]:
     Layers: ``utilization`` with its 95 % ``interval`` over documents, ``entropy``, ``max_over_mean``,
     ``variation`` and ``gini`` of it, ``gate_mass`` and ``first_choice`` per token, ``reap``, the router's mean
     entropy (nats) and margin, ``never_routed``, ``low_support``, ``niches`` (expert, where, how many times as
-    often), ``overflow`` by dispatch size and capacity factor for the gate as it is and for top-1.
+    often), ``overflow`` by dispatch size and capacity factor for the gate as it is and for top-1. Of a server's
+    counts what needs weights, outputs or positions is left out.
     """
     tokens = float(statistics.seen.sum())
     layers = {str(layer): _layer(statistics, row, tokens) for row, layer in enumerate(statistics.layers)}
@@ -39,6 +42,7 @@ def summary_of(statistics: Statistics) -> dict[str, Any]:
         "tokens": int(tokens),
         "documents": int(statistics.sums["documents"].sum()),
         "domains": dict(zip(statistics.domains, map(int, statistics.seen), strict=True)),
+        "counts_only": statistics.counts_only,
         "positions": {name: int(count) for name, count in _positions(statistics).items() if count},
         "layers": layers,
         "warnings": _warnings(layers),
@@ -59,7 +63,7 @@ def _layer(statistics: Statistics, row: int, tokens: float) -> dict[str, Any]:
     share = statistics.utilization()[row]
     low, high = interval(utilization(statistics))
     counts = statistics.total("tokens")[row]
-    return {
+    figures = {
         "utilization": share.tolist(),
         "interval": [[_finite(a), _finite(b)] for a, b in zip(low[row], high[row], strict=True)],
         "entropy": float(normalised_entropy(share)),
@@ -76,6 +80,7 @@ def _layer(statistics: Statistics, row: int, tokens: float) -> dict[str, Any]:
         "niches": niches_of(statistics, row),
         "overflow": _overflow(statistics, row),
     }
+    return {name: figures[name] for name in figures if not (statistics.counts_only and name in _MEASURED)}
 
 
 def niches_of(statistics: Statistics, row: int) -> list[dict[str, Any]]:
@@ -150,6 +155,8 @@ def _listed(experts: list[int]) -> str:
 
 
 def _positions(statistics: Statistics) -> dict[str, float]:
+    if statistics.counts_only:
+        return {}
     return {bucket_name(number): float(count) for number, count in enumerate(statistics.sums["seen"].sum(axis=0))}
 
 
