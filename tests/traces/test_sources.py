@@ -14,8 +14,9 @@ import pytest
 from moesurgeon.errors import TraceError
 from moesurgeon.traces import formats
 from moesurgeon.traces.documents import SPLITS, Split, split_of
-from moesurgeon.traces.sources import Reading, read_documents, text_of
+from moesurgeon.traces.sources import Reading, read_documents
 from moesurgeon.traces.spec import TraceSpec
+from moesurgeon.traces.texts import text_of
 
 
 def _texts() -> list[str]:
