@@ -177,3 +177,8 @@ def bar(shares: list[float]) -> str:
     blocks = "▁▂▃▄▅▆▇█"
     top = max(shares) or 1.0
     return "".join(blocks[min(7, int(share / top * 7.999))] if share else " " for share in shares)
+
+
+def between(bounds: list[float | None]) -> str:
+    """Return an interval of shares for people; a question mark where there are too few documents to tell."""
+    return "?" if bounds[0] is None or bounds[1] is None else f"{bounds[0]:.3%} - {bounds[1]:.3%}"

@@ -45,15 +45,21 @@ def _show(report: Report) -> None:
     before, after = report["experts"]
     title = f"{report['before']} -> {report['after']}: {before} -> {after} experts; what moved, of all and by domain"
     table(["layer", "entropy", "max/mean", "moved", *names, "significant"], rows, title)
-    changed = sorted(
-        ((layer, expert) for layer, figures in report["layers"].items() for expert in figures["experts"]),
-        key=lambda pair: -abs(pair[1]["change"]),
-    )
+    everyone = [(layer, expert) for layer, figures in report["layers"].items() for expert in figures["experts"]]
+    stayed = [pair for pair in everyone if pair[1]["after"] is not None]
+    changed = sorted(stayed, key=lambda pair: -abs(pair[1]["change"]))
     rows = [
-        [layer, str(expert["expert"]), "dropped" if expert["after"] is None else str(expert["after"]),
+        [layer, str(expert["expert"]), str(expert["after"]),
          f"{expert['share'][0]:.3%} -> {expert['share'][1]:.3%}", f"{expert['change']:+.3%}",
          "?" if expert["error"] is None else f"{expert['error']:.3%}", "yes" if expert["significant"] else ""]
         for layer, expert in changed[:_SHOWN]
     ]  # fmt: skip
-    table(["layer", "expert", "now", "share", "change", "error", "significant"], rows, "experts that changed most")
+    table(
+        ["layer", "expert", "now", "share", "change", "error", "significant"],
+        rows,
+        "experts whose traffic changed most",
+    )
+    gone = [expert["share"][0] for _layer, expert in everyone if expert["after"] is None]
+    if gone:
+        print(f"{len(gone)} experts were dropped; they had {sum(gone) / len(report['layers']):.1%} of the traffic")
     print(f"{report['significant']} of {report['compared']} experts that stayed changed by more than chance")

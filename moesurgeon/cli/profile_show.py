@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moesurgeon.cli import options
-from moesurgeon.cli.output import Report, answer, bar, table
+from moesurgeon.cli.output import Report, answer, bar, between, table
 from moesurgeon.progress import Progress
 
 NAME = "profile show"
@@ -109,11 +109,6 @@ def _serves(expert: dict[str, Any]) -> str:
 
 def _niches(expert: dict[str, Any]) -> str:
     return ", ".join(f"{niche['times']:.1f} x in {niche['where'] or niche['kind']}" for niche in expert["niches"])
-
-
-def between(bounds: list[float | None]) -> str:
-    """Return an interval of shares for people; a question mark where there are too few documents to tell."""
-    return "?" if bounds[0] is None or bounds[1] is None else f"{bounds[0]:.3%} - {bounds[1]:.3%}"
 
 
 def known(value: float | None, form: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moesurgeon.errors import NothingToDo, UsageError
+from moesurgeon.errors import NothingToDo
 from moesurgeon.profiling.statistics import Array, Statistics
 from moesurgeon.profiling.summary import niches_of
 from moesurgeon.profiling.uncertainty import has_support, interval, per_token
@@ -61,8 +61,6 @@ def share_of_tokens(statistics: Statistics) -> Array:
 
 def count_below(statistics: Statistics, below: float, groups: int = 1) -> int:
     """Return how many experts under a share of ``below`` every layer has (with groups: every group)."""
-    if not 0 < below < 1:
-        raise UsageError(f"--below {below:g} is not between 0 and 1: it is a share of the tokens, such as 0.005")
     cold = share_of_tokens(statistics) < below
     by_group = cold.reshape(len(statistics.layers), groups, -1).sum(axis=2)
     return int(by_group.min()) * groups

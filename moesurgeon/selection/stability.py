@@ -6,7 +6,8 @@ The profile holds its sums by fold of documents, so that this needs no further r
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,17 +23,22 @@ _SETTLED = 0.10
 @dataclass(frozen=True)
 class Stability:
     """``changed``: the share of the dropped experts that half of the text would not drop, on average over halves
-    and layers, ``worst`` in the worst layer; ``tokens``: about how much text would settle the choice (None: no
-    amount that could be estimated); None of both where every expert's documents fall into one fold.
+    and layers, ``worst`` in ``worst_layer``; ``tokens``: about how much text would settle the choice (None: no
+    amount that could be estimated).
     """
 
     changed: float
     worst: float
+    worst_layer: int
     tokens: int | None
 
     @property
     def is_settled(self) -> bool:
         return self.changed <= _SETTLED
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what ``prune --json`` reports."""
+        return {**asdict(self), "settled": self.is_settled}
 
 
 def stability(statistics: Statistics, criterion: str, count: int, groups: int = 1) -> Stability | None:
@@ -53,8 +59,13 @@ def stability(statistics: Statistics, criterion: str, count: int, groups: int = 
         changes.append([len(set(chosen[layer]) - set(half[layer])) for layer in statistics.layers])
     dropped = max(1, statistics.experts - count)
     by_layer = np.mean(changes, axis=0) / dropped
-    changed, worst = float(by_layer.mean()), float(by_layer.max())
-    return Stability(changed, worst, _tokens_needed(statistics, criterion, chosen))
+    worst = int(by_layer.argmax())
+    return Stability(
+        float(by_layer.mean()),
+        float(by_layer[worst]),
+        statistics.layers[worst],
+        _tokens_needed(statistics, criterion, chosen),
+    )
 
 
 def errors_of(statistics: Statistics, criterion: str) -> Estimate | None:
@@ -100,7 +111,9 @@ def _tokens_needed(statistics: Statistics, criterion: str, chosen: dict[int, tup
         last, first = stay[value[stay].argmin()], go[value[go].argmax()]
         gap, spread = value[last] - value[first], np.hypot(error[last], error[first])
         ratios.append((1.96 * spread / gap) ** 2 if gap > 0 else np.inf)
-    needed = float(np.median(ratios)) * float(statistics.seen.sum()) if ratios else np.inf
+    weights = np.array(statistics.weights or (1.0,) * len(statistics.domains))
+    text = np.divide(statistics.seen, weights, out=np.zeros_like(weights), where=weights > 0).sum()
+    needed = float(np.median(ratios)) * float(text) if ratios else np.inf
     return int(needed) if np.isfinite(needed) else None
 
 
