@@ -23,6 +23,8 @@ def command(
     traces: options.Traces = ["builtin:all"],  # noqa: B006 - typer copies it
     split: options.SplitOption = None,
     max_tokens: options.MaxTokens = 65536,
+    budget: options.Budget = [],  # noqa: B006 - typer copies it
+    sample: options.Sample = None,
     length: options.Length = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -34,8 +36,16 @@ def command(
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.evaluate import evaluate
         from moesurgeon.pipeline.options import Running, Text
+        from moesurgeon.traces.budgets import named_values
 
-        text = Text(traces=tuple(traces), split=split, max_tokens=max_tokens, length=length)
+        text = Text(
+            traces=tuple(traces),
+            split=split,
+            max_tokens=max_tokens,
+            length=length,
+            budgets=dict(named_values("--budget", budget)),
+            sample=sample,
+        )
         return evaluate(
             checkpoint, against, text, Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory)), progress
         )

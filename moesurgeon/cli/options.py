@@ -43,7 +43,29 @@ SplitOption = Annotated[
         help="Which part of the traces. Default: this command's of builtin traces; of yours all, or train to recover."
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(min=8, help="Tokens to read at most, for all traces together.")]
+MaxTokens = Annotated[
+    int, typer.Option(min=8, help="Tokens to read at most, for all traces without a --budget together.")
+]
+Budget = Annotated[
+    list[str],
+    typer.Option(metavar="NAME=TOKENS", help="Tokens to read of one trace at most, as code=200k. Repeat for more."),
+]
+Weight = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME=NUMBER",
+        help="What a token of one trace counts when experts are chosen by this profile, as chat=2. Repeat for more.",
+    ),
+]
+Sample = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=2**63 - 1,
+        metavar="SEED",
+        help="Take a uniform sample of all documents, which reads every trace to its end, rather than the first ones.",
+    ),
+]
 Length = Annotated[
     int | None,
     typer.Option(min=8, help="Tokens of a window. Default: 512, or the context if that is shorter."),

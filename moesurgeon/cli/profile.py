@@ -21,6 +21,9 @@ def command(
     traces: options.Traces = ["builtin:all"],  # noqa: B006 - typer copies it
     split: options.SplitOption = None,
     max_tokens: options.MaxTokens = 65536,
+    budget: options.Budget = [],  # noqa: B006 - typer copies it
+    weight: options.Weight = [],  # noqa: B006 - typer copies it
+    sample: options.Sample = None,
     length: options.Length = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -52,8 +55,17 @@ def command(
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.options import Running, Text
         from moesurgeon.pipeline.profile import ProfileOutput, profile
+        from moesurgeon.traces.budgets import named_values
 
-        text = Text(traces=tuple(traces), split=split, max_tokens=max_tokens, length=length)
+        text = Text(
+            traces=tuple(traces),
+            split=split,
+            max_tokens=max_tokens,
+            length=length,
+            budgets=dict(named_values("--budget", budget)),
+            weights=dict(named_values("--weight", weight)),
+            sample=sample,
+        )
         running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
         wanted = ProfileOutput(
             output=output,

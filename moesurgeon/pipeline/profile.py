@@ -28,6 +28,7 @@ from moesurgeon.profiling.artefact import FACTS, Origin, Profile, save_profile
 from moesurgeon.profiling.inner import NAME as INNER
 from moesurgeon.profiling.profiler import take_profile
 from moesurgeon.progress import SILENT, Progress
+from moesurgeon.traces.budgets import weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def profile(
     subject = open_subject(source)
     refuse_output(output.output, FACTS, overwrite=output.overwrite, sources=(subject.root,))
     placement = place(running.device, running.dtype, subject.stored_dtype)
-    corpus = read_text(subject, text, builtin_split="calibration")
+    corpus = read_text(subject, text, builtin_split="calibration", progress=progress)
     length = window_length(subject, text)
     ranks = join_ranks(running.device)
     origin = Origin(
@@ -65,6 +66,9 @@ def profile(
         length=length,
         placement=str(placement),
         transformers=transformers.__version__,
+        weights=weights_of(corpus.domains, text.weights),
+        sample=text.sample,
+        chat_template=corpus.chat_template,
     )
     with ready([subject], corpus, placement, length=length, max_memory=running.max_memory) as walk:
         # All keep a state or none does, whatever memory each of them found.
@@ -91,7 +95,13 @@ def profile(
         is_resident = walk.is_resident
     ranks.least(1)  # it is written
     shutil.rmtree(_kept(output.output), ignore_errors=True)  # also of an attempt with less memory than this one
-    return {"checkpoint": source, "path": str(output.output), "resident": is_resident, **taken.summary()}
+    return {
+        "checkpoint": source,
+        "path": str(output.output),
+        "resident": is_resident,
+        "cut": corpus.cut,
+        **taken.summary(),
+    }
 
 
 def _inner(output: ProfileOutput) -> InnerSpec | None:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moesurgeon.engine.model import context_length
 from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.families.keys import count_of
 from moesurgeon.pipeline.options import Text
 from moesurgeon.pipeline.subject import Subject
+from moesurgeon.progress import SILENT, Progress
+from moesurgeon.traces.budgets import shares_of, weights_of
+from moesurgeon.traces.chat import ChatTemplate
 from moesurgeon.traces.documents import Split
 from moesurgeon.traces.spec import TraceSpec, parse_traces
 from moesurgeon.traces.tokenizer import load_tokenizer
 from moesurgeon.traces.windows import Corpus, load_corpus
 
 _LENGTH = 512
+_CUT = 0.5  # share of the tokens in documents longer than a window from which it is said
 
 
-def read_text(subject: Subject, text: Text, *, builtin_split: Split, own_split: Split = "all") -> Corpus:
+_LARGEST_SEED = 2**63 - 1
+
+
+def read_text(
+    subject: Subject, text: Text, *, builtin_split: Split, own_split: Split = "all", progress: Progress = SILENT
+) -> Corpus:
     """Return the windows that ``text`` asks for, made with the subject's tokenizer.
 
     Builtin traces are read in ``builtin_split`` and the user's in ``own_split``, unless ``text`` names one.
@@ -23,10 +34,25 @@ def read_text(subject: Subject, text: Text, *, builtin_split: Split, own_split: 
     """
     specs = trace_specs(text)
     splits = [text.split or (builtin_split if spec.builtin else own_split) for spec in specs]
-    tokenize = load_tokenizer(subject.root)
-    corpus = load_corpus(
-        specs, tokenize, splits=splits, length=window_length(subject, text), max_tokens=text.max_tokens
-    )
+    length = window_length(subject, text)
+    with ChatTemplate(subject.root) as template:
+        corpus = load_corpus(
+            specs,
+            load_tokenizer(subject.root),
+            splits=splits,
+            length=length,
+            max_tokens=text.max_tokens,
+            budgets=text.budgets,
+            sample=text.sample,
+            render=template.render,
+        )
+        corpus = replace(corpus, chat_template=template.sha256)
+    context = context_length(subject.anatomy)
+    if length < context and corpus.cut >= _CUT:
+        progress.note(
+            f"note: {round(100 * corpus.cut)} of 100 tokens are in documents longer than --length {length}: the model "
+            f"sees them in pieces, and nothing beyond position {length}; it could take --length {context}"
+        )
     highest = max(int(window.tokens.max()) for window in corpus.windows)
     if highest >= (known := count_of(subject.anatomy.config, "vocab_size", highest + 1)):
         raise CheckpointError(
@@ -37,10 +63,15 @@ def read_text(subject: Subject, text: Text, *, builtin_split: Split, own_split: 
 
 
 def trace_specs(text: Text) -> tuple[TraceSpec, ...]:
-    """Return which traces ``text`` names; UsageError if there are none."""
+    """Return which traces ``text`` names; UsageError if there are none, or a budget or weight is of no use."""
     specs = parse_traces(text.traces)
     if not specs:
         raise UsageError("no traces are given; name at least one, such as builtin:all")
+    domains = [spec.domain for spec in specs]
+    shares_of(domains, None, text.budgets)
+    weights_of(domains, text.weights)
+    if text.sample is not None and not 0 <= text.sample <= _LARGEST_SEED:
+        raise UsageError(f"--sample {text.sample} is no seed; give a number from 0 to {_LARGEST_SEED}")
     return specs
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moesurgeon.errors import CheckpointError
-from moesurgeon.traces.texts import Chat
+from moesurgeon.traces.texts import Chat, Render
 
 _CONFIG, _FILE, _MORE, _TOKENS = (
     "tokenizer_config.json",
@@ -31,7 +31,7 @@ _WORKER = Path(__file__).with_name("chat_worker.py")
 class ChatTemplate:
     """The chat template of a checkpoint; renders a chat when called. To be closed, as a ``with`` statement does.
 
-    ``source`` is None where the tokenizer has no template: then there is nothing to call.
+    ``source`` is None where the tokenizer has no template, and ``render`` as well.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,6 +49,11 @@ class ChatTemplate:
             self._worker.kill()
             self._worker.communicate()
             self._worker = None
+
+    @property
+    def render(self) -> Render | None:
+        """What makes text of a chat; None where the tokenizer has no template."""
+        return None if self.source is None else self
 
     @property
     def sha256(self) -> str | None:

@@ -48,6 +48,7 @@ class Corpus:
     tokens: dict[str, int] = field(default_factory=dict)  # per domain
     hashes: dict[str, str] = field(default_factory=dict)  # per domain: sha256 of the texts read
     splits: dict[str, Split] = field(default_factory=dict)  # per domain
+    chat_template: str | None = None  # sha256 of the template that made text of chats, if there were any
 
     @property
     def domains(self) -> tuple[str, ...]:
