@@ -95,4 +95,6 @@ def _show(report: Report) -> None:
         rows,
         f"{report['tokens']:,} tokens: {domains}",
     )
+    for note in report["notes"]:
+        print(f"note: {note}")
     print(f"wrote {report['path']}")

@@ -20,7 +20,7 @@ from moesurgeon.engine.streams import Stream
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.profile_extras import extras
 from moesurgeon.pipeline.subject import open_subject
-from moesurgeon.pipeline.text import read_text, window_length
+from moesurgeon.pipeline.text import cut_notes, read_text, window_length
 from moesurgeon.pipeline.walking import Ready, ready
 from moesurgeon.pipeline.write import refuse_output
 from moesurgeon.profiling.all_experts import LIKELIEST, InnerSpec
@@ -55,7 +55,7 @@ def profile(
     subject = open_subject(source)
     refuse_output(output.output, FACTS, overwrite=output.overwrite, sources=(subject.root,))
     placement = place(running.device, running.dtype, subject.stored_dtype)
-    corpus = read_text(subject, text, builtin_split="calibration", progress=progress)
+    corpus = read_text(subject, text, builtin_split="calibration")
     length = window_length(subject, text)
     ranks = join_ranks(running.device)
     origin = Origin(
@@ -100,6 +100,7 @@ def profile(
         "path": str(output.output),
         "resident": is_resident,
         "cut": corpus.cut,
+        "notes": cut_notes(subject, text, corpus),
         **taken.summary(),
     }
 

@@ -9,7 +9,6 @@ from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.families.keys import count_of
 from moesurgeon.pipeline.options import Text
 from moesurgeon.pipeline.subject import Subject
-from moesurgeon.progress import SILENT, Progress
 from moesurgeon.traces.budgets import shares_of, weights_of
 from moesurgeon.traces.chat import ChatTemplate
 from moesurgeon.traces.documents import Split
@@ -24,9 +23,7 @@ _CUT = 0.5  # share of the tokens in documents longer than a window from which i
 _LARGEST_SEED = 2**63 - 1
 
 
-def read_text(
-    subject: Subject, text: Text, *, builtin_split: Split, own_split: Split = "all", progress: Progress = SILENT
-) -> Corpus:
+def read_text(subject: Subject, text: Text, *, builtin_split: Split, own_split: Split = "all") -> Corpus:
     """Return the windows that ``text`` asks for, made with the subject's tokenizer.
 
     Builtin traces are read in ``builtin_split`` and the user's in ``own_split``, unless ``text`` names one.
@@ -47,12 +44,6 @@ def read_text(
             render=template.render,
         )
         corpus = replace(corpus, chat_template=template.sha256)
-    context = context_length(subject.anatomy)
-    if length < context and corpus.cut >= _CUT:
-        progress.note(
-            f"note: {round(100 * corpus.cut)} of 100 tokens are in documents longer than --length {length}: the model "
-            f"sees them in pieces, and nothing beyond position {length}; it could take --length {context}"
-        )
     highest = max(int(window.tokens.max()) for window in corpus.windows)
     if highest >= (known := count_of(subject.anatomy.config, "vocab_size", highest + 1)):
         raise CheckpointError(
@@ -60,6 +51,17 @@ def read_text(
             "it is another model's, copy the right one there"
         )
     return corpus
+
+
+def cut_notes(subject: Subject, text: Text, corpus: Corpus) -> list[str]:
+    """Return a line about documents that are far longer than a window, if most of the text is in such."""
+    length, context = window_length(subject, text), context_length(subject.anatomy)
+    if length == context or corpus.cut < _CUT:
+        return []
+    return [
+        f"{corpus.cut:.0%} of the tokens are in documents longer than --length {length}: the model sees those in "
+        f"pieces, and no position from {length} on; its context is {context}"
+    ]
 
 
 def trace_specs(text: Text) -> tuple[TraceSpec, ...]:
