@@ -57,7 +57,7 @@ def test_errors_are_those_of_the_formula(name: str, domain: str | None, document
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
-    """400 profiles of 60 documents each, whose tokens resemble each other; errors over tokens would be far too small."""
+    """400 profiles of 60 documents, whose tokens resemble each other; errors over tokens would be far too small."""
     random, hits, naive = np.random.default_rng(5), [], []
     for _ in range(400):
         statistics = statistics_of(random_documents(random, SHARE, 60))

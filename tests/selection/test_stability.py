@@ -31,7 +31,7 @@ def test_a_wide_margin_changes_nothing(criterion: str) -> None:
 
 
 def test_a_coin_flip_changes_about_half() -> None:
-    """Eight experts alike in truth, of which two go: half of the text would choose otherwise about every second time."""
+    """Eight experts alike in truth, of which two go: half of the text chooses otherwise about every second time."""
     found = [stability(_made(EVEN, 80, seed), "frequency", 6) for seed in range(30)]
     changed = np.mean([each.changed for each in found if each is not None])
     assert 0.35 < changed < 0.6
