@@ -63,6 +63,8 @@ def text_of(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
+        if value.isascii():  # cheap to tell, and true of most
+            return value
         # JSON can spell half a surrogate pair, which no tokenizer takes: U+FFFD, as decoders do.
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):
