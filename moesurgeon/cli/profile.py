@@ -50,7 +50,10 @@ def command(
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Count which experts the traces use, how much they weigh and how large their outputs are."""
+    """Count which experts the traces use, how much they weigh and how large their outputs are.
+
+    profile show, merge, diff and import work on what this writes; a checkpoint in a folder of such a name is ./show.
+    """
 
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.options import Running, Text
