@@ -128,7 +128,7 @@ class Inner:
             experts=facts["experts"],
             has_bias=said["has_bias"],
         )
-        return cls.open(folder / NAME, shape, said["rule"])
+        return cls.open(folder / NAME, shape, dict(said["rule"]))
 
     def facts(self) -> dict[str, Any]:
         """Return what profile.json says of them."""

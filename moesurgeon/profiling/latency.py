@@ -151,7 +151,7 @@ def repeated(
     first: list[float] = []
     for count in counts:
         first.append(clocked(run(count, 0)))
-        if len(first) > 2 and _LEAST * sum(first) > seconds:
+        if len(first) > 3 and _LEAST * sum(first) > seconds:
             first.pop()
             break
     spent, repeat = 0.0, 1

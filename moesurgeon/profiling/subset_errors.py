@@ -54,10 +54,9 @@ def errors_of_subsets(
     ``routing``: the rule at that top-k (:func:`routing_at`). ``tokens`` [N]: count only these. ``at_once``: bytes
     of memory at about. Exact but for the rounding of float32: the least that can be told is about 1e-7 of |y|^2.
     Groups are those of the original; they are also those of the written checkpoint if every group loses as many.
-    Raises UsageError for a subset of fewer than ``top_k``.
+    Raises UsageError for a subset that cannot give every token ``top_k`` experts.
     """
-    if (fewest := int(kept.sum(axis=1).min(initial=top_k))) < top_k:
-        raise UsageError(f"a subset of {fewest} experts is less than each token is given; keep at least {top_k}")
+    _refuse_too_few(kept, routing, top_k)
     rows = np.arange(len(layer.output)) if tokens is None else np.flatnonzero(tokens)
     sums = torch.zeros(3, len(kept), dtype=torch.float64)  # of errors, of |y|^2, of tokens
     mask_SE = torch.from_numpy(np.where(kept, np.float32(0), np.float32(-np.inf)))
@@ -77,6 +76,22 @@ def errors_of_subsets(
             np.where(count > 0, np.maximum(error, 0.0) / np.where(size > 0, size, np.nan), np.nan),
             count / max(1, len(rows)),
         )
+
+
+def _refuse_too_few(kept: NDArray[np.bool_], routing: Routing, top_k: int) -> None:
+    """Raise UsageError where a token could be left with fewer than ``top_k`` of the ``kept`` [S, E].
+
+    In whichever groups win, that is; one without the experts that its score is taken of does not.
+    """
+    counts = np.sort(kept.reshape(len(kept), routing.groups, -1).sum(axis=-1), axis=1)  # [S, groups]
+    counts[counts < (2 if routing.groups > 1 and routing.group_score != "max" else 1)] = 0
+    # Of the groups that can win the smallest ones.
+    first = (counts == 0).sum(axis=1)
+    if (first > routing.groups - routing.kept_groups).any():
+        raise UsageError(f"a subset leaves fewer than {routing.kept_groups} groups to choose from; keep more experts")
+    given = [int(row[at : at + routing.kept_groups].sum()) for row, at in zip(counts, first, strict=True)]
+    if (fewest := min(given, default=top_k)) < top_k:
+        raise UsageError(f"a subset of {fewest} experts is less than each token is given; keep at least {top_k}")
 
 
 def routing_at(rule: Mapping[str, Any], top_k: int) -> Routing:
