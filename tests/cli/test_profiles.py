@@ -227,6 +227,13 @@ def test_below_with_nothing_below(out: Path, profiles: dict[str, Path]) -> None:
 
 def test_a_folder_of_that_name_is_a_checkpoint_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(INPUT, "profile", "./show", "-o", tmp_path / "out", says=("show does not exist; give the folder of a checkpoint",))
+    refused(
+        INPUT,
+        "profile",
+        "./show",
+        "-o",
+        tmp_path / "out",
+        says=("show does not exist; give the folder of a checkpoint",),
+    )
     refused(INPUT, "profile", "show", "nowhere", says=("nowhere is no profile",))
     refused(USAGE, "profile", "show")
