@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 import moesurgeon
 from moesurgeon.cli import (
     evaluate,
+    harness,
     inspect,
     profile,
     profile_diff,
@@ -27,7 +28,7 @@ from moesurgeon.cli import (
 
 _COMMANDS = (
     inspect, retop, profile, profile_show, profile_merge, profile_diff, profile_import, prune, recover, evaluate,
-    verify, run,
+    harness, verify, run,
 )  # fmt: skip
 
 

@@ -13,6 +13,11 @@ from moesurgeon.progress import Progress
 
 NAME = "evaluate"
 
+_DEGENERATION = {
+    "repetition_rate": ".1%", "distinct_1": ".2f", "distinct_2": ".2f", "distinct_4": ".2f", "loops": ".0%",
+    "first_loop_at": ".0f", "early_stop": ".0%",
+}  # fmt: skip
+
 
 def command(
     checkpoint: options.Source,
@@ -21,6 +26,18 @@ def command(
         typer.Option(metavar="CKPT", help="Compare with this checkpoint, usually the unedited one."),
     ] = None,
     traces: options.Traces = ["builtin:all"],  # noqa: B006 - typer copies it
+    gate: Annotated[
+        list[str],
+        typer.Option(
+            metavar="EXPR",
+            help="A condition on the report, as 'perplexity_ratio <= 1.02 and kl < 0.05': exit code 4 if it does not "
+            "hold. Repeat for more.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    continuations: Annotated[
+        int, typer.Option(min=0, help="Prompts to continue greedily, to see how much of it is repetition.")
+    ] = 0,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Tokens to continue a prompt by, at most.")] = 64,
     split: options.SplitOption = None,
     max_tokens: options.MaxTokens = 65536,
     budget: options.Budget = [],  # noqa: B006 - typer copies it
@@ -34,7 +51,7 @@ def command(
     """Measure loss and perplexity per domain on held-out text, with intervals over documents."""
 
     def work(progress: Progress) -> Report:
-        from moesurgeon.pipeline.evaluate import evaluate
+        from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate
         from moesurgeon.pipeline.options import Running, Text
         from moesurgeon.traces.budgets import named_values
 
@@ -46,9 +63,9 @@ def command(
             budgets=dict(named_values("--budget", budget)),
             sample=sample,
         )
-        return evaluate(
-            checkpoint, against, text, Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory)), progress
-        )
+        running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
+        spec = EvaluateSpec(gates=tuple(gate), continuations=continuations, new_tokens=new_tokens)
+        return evaluate(checkpoint, against, text, running, progress, spec)
 
     answer(json, work, _show)
 
@@ -72,9 +89,47 @@ def _show(report: Report) -> None:
         rows.append(row)
     title = f"{report['checkpoint']}" + (f" against {report['compared_with']}" if compared else "")
     table(headings, rows, title)
-    positions = ", ".join(f"{span}: {part['perplexity']:.2f}" for span, part in report["lengths"].items())
-    print(f"perplexity by position: {positions}")
+    _show_lengths(report["lengths"], compared)
+    if "degeneration" in report:
+        _show_degeneration(report, compared)
+    if "gate" in report:
+        print(f"gate {'passed' if report['gate']['passed'] else 'failed'}: {report['gate']['expression']}")
     print(f"{report['tokens_per_second']:,.0f} tokens/s ({report['placement']})")
+
+
+def _show_lengths(lengths: dict[str, Any], compared: bool) -> None:
+    headings = ["positions", "tokens", "documents", "perplexity", "95 % interval"]
+    headings += ["ratio", "95 % interval"] if compared else []
+    rows = [
+        [
+            span,
+            f"{part['tokens']:,}",
+            f"{part['documents']:,}",
+            f"{part['perplexity']:.2f}",
+            interval(part["interval"], 2),
+            *([f"{part['perplexity_ratio']:.3f}", interval(part["ratio_interval"], 3)] if compared else []),
+        ]
+        for span, part in lengths.items()
+    ]
+    table(headings, rows, "By position in the window")
+
+
+def _show_degeneration(report: Report, compared: bool) -> None:
+    """One row for each domain, the figures of the other checkpoint in brackets behind."""
+    mine = report["degeneration"]
+    theirs = report["against"]["degeneration"] if compared else None
+    rows = []
+    for domain, figures in (*mine["domains"].items(), ("all", mine)):
+        other = None if theirs is None else theirs if domain == "all" else theirs["domains"][domain]
+        row = [domain, f"{figures['prompts']}"]
+        for name, form in _DEGENERATION.items():
+            values = [figures[name]] if other is None else [figures[name], other[name]]
+            first, *second = ("-" if value is None else format(value, form) for value in values)
+            row.append(first + "".join(f" ({value})" for value in second))
+        rows.append(row)
+    headings = ["domain", "prompts", *(name.replace("_", " ") for name in _DEGENERATION)]
+    title = f"Greedy continuations, {mine['new_tokens']} tokens" + (" (the other checkpoint's)" if compared else "")
+    table(headings, rows, title)
 
 
 def _row(name: str, figures: dict[str, Any]) -> list[str]:

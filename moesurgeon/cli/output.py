@@ -1,6 +1,7 @@
 """The only place that knows about terminals: results, progress, errors, exit codes.
 
-Results go to stdout, everything else to stderr. ``--json`` prints one object and no bars.
+Results go to stdout, everything else to stderr. ``--json`` prints one object and no bars. Of several processes of one
+run the first prints the results; the others say only what went wrong with them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, TextIO
 
 import typer
 
-from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, MoeSurgeonError, OutputError
+from moesurgeon import launched
+from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, GateFailed, MoeSurgeonError, OutputError
 from moesurgeon.progress import SILENT, Advance, Progress
 
 SCHEMA = 1
@@ -24,11 +26,12 @@ Report = dict[str, Any]
 
 
 def answer(as_json: bool, work: Callable[[Progress], Report], show: Callable[[Report], None]) -> None:
-    """Do ``work`` and print its report, as JSON or through ``show``; end the process as its errors say."""
+    """Do ``work`` and print its report, as JSON or through ``show``; end the process as its errors and gate say."""
     try:
         try:
-            report = work(SILENT if as_json else Bars())
+            report = work(SILENT if as_json or launched.rank() else Bars())
             _print(report, None if as_json else show)
+            failed = _failed_gate(report)
         except KeyboardInterrupt as error:  # says more where finished shards wait for the next run
             _fail(as_json, str(error) or "interrupted; nothing that looks finished was left behind", EXIT_INTERRUPTED)
         except MoeSurgeonError as error:
@@ -40,12 +43,18 @@ def answer(as_json: bool, work: Callable[[Progress], Report], show: Callable[[Re
         except Exception as error:  # noqa: BLE001 - the end of the line: shown as the bug that it is
             traceback.print_exc()
             _fail(as_json, f"bug in moesurgeon ({type(error).__name__}): please report the lines above", EXIT_BUG)
+        if failed:  # said, but the report is the result all the same
+            if not launched.rank():
+                print(f"moesurgeon: {failed}", file=sys.stderr)
+            raise typer.Exit(GateFailed.exit_code)
     except BrokenPipeError:  # the reader had enough, as in "| head"
         _discard(sys.stdout, sys.stderr)
         raise typer.Exit(EXIT_PIPE) from None
 
 
 def _print(report: Report, show: Callable[[Report], None] | None) -> None:
+    if launched.rank():  # the first process of a run speaks for all
+        return
     try:
         if show is None:
             # ASCII: a path can hold bytes that no encoding of the terminal's has.
@@ -60,9 +69,20 @@ def _print(report: Report, show: Callable[[Report], None] | None) -> None:
         raise OutputError(f"the result could not be printed ({error.strerror}); the work itself is done") from error
 
 
+def _failed_gate(report: Report) -> str | None:
+    """Return what to say of a report with a gate that did not hold."""
+    gate = report.get("gate")
+    if gate is None or gate["passed"]:
+        return None
+    from moesurgeon.evaluation.gate import failure
+
+    return failure(gate)
+
+
 def _fail(as_json: bool, message: str, code: int) -> None:
-    print(f"moesurgeon: {message}", file=sys.stderr)
-    if as_json:
+    others = f"[process {launched.rank()}] " if launched.rank() else ""
+    print(f"{others}moesurgeon: {message}", file=sys.stderr)
+    if as_json and not others:
         print(json.dumps({"schema_version": SCHEMA, "error": {"message": message, "exit_code": code}}), flush=True)
     raise typer.Exit(code) from None
 

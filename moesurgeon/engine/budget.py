@@ -31,7 +31,7 @@ def share_out(limit: int | None, sources: Sequence[Source], batches: Sequence[Ba
     UsageError if not even two layers fit.
     """
     placement = sources[0].placement
-    working = max(_working_bytes(source.anatomy, placement, batches) for source in sources)
+    working = max(working_bytes(source.anatomy, placement, batches) for source in sources)
     if placement.spread:
         from moesurgeon.engine.spread import devices_for
 
@@ -57,7 +57,7 @@ def share_out(limit: int | None, sources: Sequence[Source], batches: Sequence[Ba
     return fits
 
 
-def _working_bytes(anatomy: Anatomy, placement: Placement, batches: Sequence[Batch]) -> int:
+def working_bytes(anatomy: Anatomy, placement: Placement, batches: Sequence[Batch]) -> int:
     """Return about what the largest batch needs in a layer, or its block of logits in the head.
 
     In a layer: queries, keys, values and residuals (16 x hidden), and for each expert of a token its gate, up,

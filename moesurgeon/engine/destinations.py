@@ -68,8 +68,6 @@ def destinations_of(anatomy: Anatomy, skeleton: Skeleton) -> Destinations:
         if (role.layer is not None and role.layer >= anatomy.layers) or name.endswith(_SCALE):
             continue
         target, piece = _placed(anatomy, name, role)
-        if target in skeleton.tied and skeleton.tied[target] in pieces:
-            continue  # stored twice although it is one
         pieces.setdefault(target, []).append(piece)
     pieces = {_primary(skeleton, target, pieces): parts for target, parts in pieces.items()}
     for what, names in (

@@ -5,6 +5,7 @@ A walk needs them all at once, since every layer is given every batch before the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,9 +62,16 @@ class HiddenStates:
 def _mapped(shapes: Sequence[Shape], dtype: torch.dtype, path: Path) -> list[torch.Tensor]:
     """Return the states in the file ``path``, which is made as large as they are and keeps what it holds."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
+    count = max(1, sum(sizes))
     try:
-        memory = torch.from_file(str(path), shared=True, size=max(1, sum(sizes)), dtype=dtype)
-    except RuntimeError as error:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Now or never: a mapping that finds the disk full ends the process without a word.
+            os.posix_fallocate(file, 0, count * dtype.itemsize)
+        finally:
+            os.close(file)
+        memory = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+    except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise OutputError(f"hidden states cannot be held in {path} ({reason}); choose another disk") from error
     return [part.view(shape) for part, shape in zip(memory[: sum(sizes)].split(sizes), shapes, strict=True)]

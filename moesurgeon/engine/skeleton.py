@@ -130,7 +130,9 @@ def build_skeleton(anatomy: Anatomy, dtype: torch.dtype, device: torch.device, e
     tied: dict[str, str] = {}
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if first := seen.get(id(tensor)):
+        first = seen.get(id(tensor))
+        # Where both are stored transformers believes the tensors and not the config.
+        if first is not None and not {name, first} <= anatomy.tensors.keys():
             tied[name] = first
             continue
         seen[id(tensor)] = name

@@ -15,6 +15,7 @@ from pathlib import Path
 from moesurgeon.checkpoint.install import sync
 from moesurgeon.engine.ranks import Array, Ranks
 from moesurgeon.engine.walk import Walk
+from moesurgeon.errors import OutputError
 
 _STATE = "state.json"
 
@@ -32,7 +33,10 @@ class WalkState:
         self._done = self._read()
         if self._done == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unkept(self.folder, error) from error
 
     def resumed(self, walk: Walk, sums: Mapping[str, Array], ranks: Ranks) -> int:
         """Return after how many layers ``walk`` goes on, with the ``sums`` of those filled in; 0: from the start.
@@ -53,20 +57,24 @@ class WalkState:
 
     def save(self, walk: Walk, done: int, sums: Mapping[str, Array], ranks: Ranks) -> None:
         """Keep what there is after ``done`` layers."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         for hidden in walk.hidden.values():
             hidden.turn_to(done)
-        for path in self.folder.glob("*.hidden*"):
-            sync(path)
         part = self.folder / ".part"
-        save_file(dict(sums), part)
-        sync(part)
-        part.rename(self._sums(done))
-        part.write_text(json.dumps({"digest": self._digest, "done": done}), encoding="utf-8")
-        sync(part)
-        part.rename(self.folder / _STATE)
-        self._sums(done - 2).unlink(missing_ok=True)  # the last two stay, for a rank that is behind
+        try:
+            for path in self.folder.glob("*.hidden*"):
+                sync(path)
+            for content, name in (
+                (save(dict(sums)), self._sums(done)),
+                (json.dumps({"digest": self._digest, "done": done}).encode(), self.folder / _STATE),
+            ):
+                part.write_bytes(content)
+                sync(part)
+                part.rename(name)
+            self._sums(done - 2).unlink(missing_ok=True)  # the last two stay, for a rank that is behind
+        except OSError as error:
+            raise _unkept(self.folder, error) from error
         ranks.least(done)  # wait for all
 
     def _sums(self, done: int) -> Path:
@@ -80,3 +88,7 @@ class WalkState:
         except (OSError, ValueError, KeyError, TypeError):
             return 0
         return done if type(done) is int and done > 0 and self._sums(done).is_file() else 0
+
+
+def _unkept(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"what a killed run needs cannot be kept in {folder} ({error.strerror}); or use --no-resume")

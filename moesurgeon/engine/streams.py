@@ -133,7 +133,8 @@ class Stream:
         self.anatomy = source.anatomy if plan is None else plan.result(source.anatomy)
         if self.anatomy.layers != source.layers:
             raise CheckpointError("a plan that changes the number of layers cannot walk beside its checkpoint")
-        assert plan is None or not source.holds_a_model, "plans are for checkpoints on disk"
+        changes = plan or self.overlay.tensors or self.overlay.deltas
+        assert not (changes and source.holds_a_model), "a model's weights are changed in the model itself"
         self.skeleton = (
             source.skeleton
             if source.holds_a_model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +27,36 @@ LOSS, TEACHER_LOSS, KL, AGREEMENT, ESAP = range(5)
 """Columns of the sums: cross-entropy in nats, the teacher's, KL(teacher | model), share of positions
 with the same most likely token, and the sum over the vocabulary of min(p, q) (ESAP, EvoESAP)."""
 _COLUMNS = 5
+EDGES = (0, *(1 << power for power in range(7, 24)))
+"""Where buckets of positions begin: 0, 128, 256, 512 ... 8 Mi; long context is where rare experts live."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Sums per window. ``domain`` and ``document`` [W] number them, ``positions`` [W] counts the
-    predicted tokens, ``sums`` [W, 5] holds the columns above; ``by_position`` [P, 6] the same per
-    position in the window, with the count last. ``tokens_per_second``: of the
+    """Sums per window and bucket of positions: ``buckets`` [W, K, 6] holds the columns above, then how many
+    tokens were predicted. ``domain`` and ``document`` [W] number the windows'. ``tokens_per_second``: of the
     model alone, the median over batches: one busy moment of the machine does not count.
     """
 
     domains: tuple[str, ...]
     domain: NDArray[np.int64]
     document: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    sums: NDArray[np.float64]
-    by_position: NDArray[np.float64]
+    buckets: NDArray[np.float64]
     tokens_per_second: float
     tokens: int
     has_teacher: bool
+
+    @cached_property
+    def sums(self) -> NDArray[np.float64]:
+        """The columns of each window [W, 5]."""
+        sums: NDArray[np.float64] = self.buckets[..., :_COLUMNS].sum(axis=1)
+        return sums
+
+    @cached_property
+    def positions(self) -> NDArray[np.float64]:
+        """How many tokens of each window were predicted [W]."""
+        positions: NDArray[np.float64] = self.buckets[..., _COLUMNS].sum(axis=1)
+        return positions
 
 
 def measure(
@@ -69,43 +81,38 @@ def measure(
     walk = Walk([stream] if teacher is None else [stream, teacher], mine, folder)
     most = max(len(batch.windows) for batch in batches)
     longest = max(batch.tokens.shape[1] for batch in batches)
-    windows = np.zeros((len(mine), most, _COLUMNS))
-    positions = np.zeros((len(mine), longest, _COLUMNS + 1))
+    sums = np.zeros((len(mine), most, len(_edges(longest)), _COLUMNS + 1))
     with progress.task(label, sum(batch.text_tokens for batch in mine), "tokens") as advance:
         walk.through(advance=advance)
         for tail in walk.tail():
             for number, batch in enumerate(mine):
                 values_BTC = _compare(tail, stream, teacher, number, batch)
-                valid = batch.is_text[:, 1:].cpu().numpy()
-                values_BTC[~valid] = 0.0
-                windows[number, : len(values_BTC)] = values_BTC.sum(axis=1)
-                positions[number, : valid.shape[1], :_COLUMNS] = values_BTC.sum(axis=0)
-                positions[number, : valid.shape[1], _COLUMNS] = valid.sum(axis=0)
-    windows = ranks.gathered(windows, len(batches))
-    by_position = ranks.gathered(positions, len(batches)).sum(axis=0)
+                values_BTC[~batch.is_text[:, 1:].cpu().numpy()] = 0.0
+                edges = _edges(batch.tokens.shape[1])
+                sums[number, : len(values_BTC), : len(edges)] = np.add.reduceat(values_BTC, edges, axis=1)
+    sums = ranks.gathered(sums, len(batches))
     seconds = ranks.gathered(walk.seconds[stream], len(batches))
-    if not np.isfinite(by_position).all():
+    if not np.isfinite(sums).all():
         raise CheckpointError(
             "the loss is not a number: the weights hold NaN or infinities, or overflow in this --dtype; try float32"
         )
-    rows = [
-        (domains.index(batch.domain), window.document, len(window.tokens) - 1)
-        for batch in batches
-        for window in batch.windows
-    ]
-    domain, document, predicted = np.array(rows, dtype=np.int64).T
+    rows = [(domains.index(batch.domain), window.document) for batch in batches for window in batch.windows]
+    domain, document = np.array(rows, dtype=np.int64).T
     tokens = np.array([batch.text_tokens for batch in batches])
     return Measurement(
         domains,
         domain,
         document,
-        predicted,
-        np.concatenate([sums[: len(batch.windows)] for sums, batch in zip(windows, batches, strict=True)]),
-        by_position,
+        np.concatenate([part[: len(batch.windows)] for part, batch in zip(sums, batches, strict=True)]),
         float(np.median(tokens / np.maximum(seconds, 1e-9))),
         int(tokens.sum()),
         teacher is not None,
     )
+
+
+def _edges(length: int) -> list[int]:
+    """Return the edges below the last of ``length`` tokens, which predicts nothing."""
+    return [edge for edge in EDGES if edge < length - 1]
 
 
 def refuse_other_vocabulary(stream: Stream, teacher: Stream | None) -> None:
@@ -122,9 +129,10 @@ def refuse_other_vocabulary(stream: Stream, teacher: Stream | None) -> None:
 
 @torch.no_grad()
 def _compare(tail: Tail, stream: Stream, teacher: Stream | None, number: int, batch: Batch) -> NDArray[np.float64]:
-    """Return the columns [B, T - 1, 5] for predicting tokens 1 to T - 1."""
+    """Return the columns and ones [B, T - 1, 6] for predicting tokens 1 to T - 1."""
     rows, length = batch.tokens.shape
-    values = torch.zeros(rows, length - 1, _COLUMNS, dtype=torch.float64)
+    values = torch.zeros(rows, length - 1, _COLUMNS + 1, dtype=torch.float64)
+    values[..., _COLUMNS] = 1
     step = max(1, LOGIT_POSITIONS // rows)
     for start in range(0, length - 1, step):
         stop = min(start + step, length - 1)

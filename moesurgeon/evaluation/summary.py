@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesurgeon.evaluation.measure import AGREEMENT, ESAP, KL, LOSS, TEACHER_LOSS, Measurement
+from moesurgeon.evaluation.measure import AGREEMENT, EDGES, ESAP, KL, LOSS, TEACHER_LOSS, Measurement
 
 _RESAMPLES = 1000
 _SEED = 20251122
-# Edges of the position buckets (0, 128, 256, 512, ... 8 Mi); long context is where rare experts live.
-_EDGES = (0, *(1 << power for power in range(7, 24)))
 
 
 def summarise(measured: Measurement) -> dict[str, Any]:
@@ -43,32 +42,71 @@ def summarise(measured: Measurement) -> dict[str, Any]:
     return report
 
 
+def possible_report(domains: Sequence[str], *, length: int, has_teacher: bool) -> dict[str, Any]:
+    """Return a report with every figure that one on text of these ``domains`` can have; the values say nothing."""
+    buckets = np.zeros((len(domains), sum(edge < length - 1 for edge in EDGES), 6))
+    buckets[..., -1] = 1
+    number = np.arange(len(domains))
+    return summarise(Measurement(tuple(domains), number, number, buckets, 1.0, 1, has_teacher))
+
+
 def _losses(measured: Measurement, chosen: NDArray[np.bool_]) -> dict[str, Any]:
-    sums, counts = _by_document(measured, chosen)
+    sums, counts = _by_document(measured, measured.sums[chosen], measured.positions[chosen], chosen)
     loss = float(sums[:, LOSS].sum() / counts.sum())
-    low, high = bootstrap(sums[:, LOSS], counts)
     return {
         "tokens": int(counts.sum()),
         "documents": len(counts),
         "loss": loss,
         "perplexity": float(np.exp(loss)),
-        "interval": [float(np.exp(low)), float(np.exp(high))],
+        "interval": _interval(sums[:, LOSS], counts),
     }
 
 
 def _distance(measured: Measurement, chosen: NDArray[np.bool_]) -> dict[str, Any]:
-    sums, counts = _by_document(measured, chosen)
+    sums, counts = _by_document(measured, measured.sums[chosen], measured.positions[chosen], chosen)
     total = counts.sum()
-    rises = sums[:, LOSS] - sums[:, TEACHER_LOSS]
-    low, high = bootstrap(rises, counts)
     return {
         "loss": float(sums[:, TEACHER_LOSS].sum() / total),
         "kl": float(sums[:, KL].sum() / total),
         "agreement": float(sums[:, AGREEMENT].sum() / total),
         "esap": float(sums[:, ESAP].sum() / total),
-        "perplexity_ratio": float(np.exp(rises.sum() / total)),
-        "interval": [float(np.exp(low)), float(np.exp(high))],
+        **_ratio(sums, counts),
     }
+
+
+def _lengths(measured: Measurement) -> dict[str, Any]:
+    """Figures per bucket of positions in the window, named by first and last position."""
+    report: dict[str, dict[str, Any]] = {}
+    for number, (low, high) in enumerate(itertools.pairwise(EDGES)):
+        if number >= measured.buckets.shape[1]:
+            break
+        bucket = measured.buckets[:, number]
+        reached = bucket[:, -1] > 0
+        if not reached.any():
+            continue
+        sums, counts = _by_document(measured, bucket[reached], bucket[reached, -1], reached)
+        loss = float(sums[:, LOSS].sum() / counts.sum())
+        name = f"{low}-{high - 1}"
+        report[name] = {
+            "tokens": int(counts.sum()),
+            "documents": len(counts),
+            "loss": loss,
+            "perplexity": float(np.exp(loss)),
+            "interval": _interval(sums[:, LOSS], counts),
+        }
+        if measured.has_teacher:
+            ratio = _ratio(sums, counts)
+            report[name] |= {"perplexity_ratio": ratio["perplexity_ratio"], "ratio_interval": ratio["interval"]}
+    return report
+
+
+def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> dict[str, Any]:
+    rises = sums[:, LOSS] - sums[:, TEACHER_LOSS]
+    return {"perplexity_ratio": float(np.exp(rises.sum() / counts.sum())), "interval": _interval(rises, counts)}
+
+
+def _interval(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> list[float]:
+    return [float(np.exp(bound)) for bound in bootstrap(sums, counts)]
 
 
 def bootstrap(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float]:
@@ -77,6 +115,8 @@ def bootstrap(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[f
     Documents, not tokens, are what was sampled: tokens of one document resemble each other. With one
     document the interval is that one value.
     """
+    if len(counts) == 1:
+        return float(sums[0] / counts[0]), float(sums[0] / counts[0])
     rng = np.random.default_rng(_SEED)
     means = np.empty(_RESAMPLES)
     for number in range(_RESAMPLES):
@@ -86,31 +126,18 @@ def bootstrap(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[f
     return float(low), float(high)
 
 
-def _by_document(measured: Measurement, chosen: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Add up the windows of each document: sums [N, 5] and predicted tokens [N]."""
+def _by_document(
+    measured: Measurement, values: NDArray[np.float64], positions: NDArray[np.float64], chosen: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Add up the ``chosen`` windows of each document: their values [N, C] and predicted tokens [N]."""
     keys = np.stack([measured.domain[chosen], measured.document[chosen]], axis=1)
     _, place = np.unique(keys, axis=0, return_inverse=True)
     place = place.reshape(-1)
-    sums = np.zeros((place.max() + 1, measured.sums.shape[1]))
+    sums = np.zeros((place.max() + 1, values.shape[1]))
     counts = np.zeros(place.max() + 1)
-    np.add.at(sums, place, measured.sums[chosen])
-    np.add.at(counts, place, measured.positions[chosen])
+    np.add.at(sums, place, values)
+    np.add.at(counts, place, positions)
     return sums, counts
-
-
-def _lengths(measured: Measurement) -> dict[str, Any]:
-    """Figures per bucket of positions in the window, named by first and last position."""
-    report = {}
-    for low, high in itertools.pairwise(_EDGES):
-        part = measured.by_position[low:high].sum(axis=0)
-        if part[-1] == 0:
-            continue
-        loss = float(part[LOSS] / part[-1])
-        bucket: dict[str, Any] = {"tokens": int(part[-1]), "loss": loss, "perplexity": float(np.exp(loss))}
-        if measured.has_teacher:
-            bucket["perplexity_ratio"] = float(np.exp(loss - part[TEACHER_LOSS] / part[-1]))
-        report[f"{low}-{high - 1}"] = bucket
-    return report
 
 
 def _parts(rise: NDArray[np.float64]) -> list[float | None]:

@@ -8,7 +8,7 @@ from typing import Any
 from moesurgeon.errors import UnknownFamily
 from moesurgeon.families.dbrx import DBRX
 from moesurgeon.families.deepseek import DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3
-from moesurgeon.families.deepseek_v4 import DEEPSEEK_V4
+from moesurgeon.families.deepseek_v4 import DEEPSEEK_V4, DEEPSEEK_V4_FUSED, DEEPSEEK_V4_SAVED
 from moesurgeon.families.description import Family, Layout
 from moesurgeon.families.ernie4_5_moe import ERNIE4_5_MOE
 from moesurgeon.families.glm4_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE
@@ -26,7 +26,7 @@ from moesurgeon.families.qwen2_moe import QWEN2_MOE
 from moesurgeon.families.qwen3_moe import QWEN3_MOE
 from moesurgeon.families.rules import RouterRule
 
-__all__ = ["FAMILIES", "Family", "Layout", "RouterRule", "family_of"]
+__all__ = ["FAMILIES", "Family", "Layout", "RouterRule", "families_of"]
 
 FAMILIES: tuple[Family, ...] = (
     MIXTRAL,
@@ -34,6 +34,8 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     DEEPSEEK_V4,
+    DEEPSEEK_V4_SAVED,
+    DEEPSEEK_V4_FUSED,
     QWEN2_MOE,
     QWEN3_MOE,
     OLMOE,
@@ -54,16 +56,15 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """Return the family whose ``model_type`` the config names.
+def families_of(config: Mapping[str, Any]) -> tuple[Family, ...]:
+    """Return the families whose ``model_type`` the config names: one, or one for each way to name all its tensors.
 
     Raises UnknownFamily, with the list of what is known, for anything else.
     """
     model_type = config.get("model_type")
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
+    if found := tuple(family for family in FAMILIES if model_type in family.model_types):
+        return found
+    known = ", ".join(dict.fromkeys(model_type for family in FAMILIES for model_type in family.model_types))
     if model_type is None:
         raise UnknownFamily(f"config.json has no model_type; moesurgeon knows {known}")
     raise UnknownFamily(f"model_type {str(model_type)[:60]!r} is not known; moesurgeon knows {known}")

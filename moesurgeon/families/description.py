@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -79,6 +79,12 @@ class Layout:
             return re.compile(r"(?!)")
         return re.compile(rf"{self._filled(self.shared)}.+")
 
+    def under(self, prefix: str, other: str) -> Layout:
+        """Return the same layout for layers that are named ``other`` where these are named ``prefix``."""
+        assert self.block.startswith(prefix)
+        shared = self.shared and self.shared.replace(prefix, other, 1)
+        return replace(self, block=self.block.replace(prefix, other, 1), shared=shared)
+
     def _filled(self, template: str) -> str:
         return _pattern(template.replace("{block}", self.block))
 
@@ -102,9 +108,11 @@ class Family:
     # The number of experts per token of a router that does not ask its config.
     fixed_top_k: int | None = None
     moe_layers: MoeLayers = field(default_factory=MoeLayers)
-    # Extra layers behind the last one, for multi-token prediction.
-    mtp_key: str | None = None
     layer: str = "model.layers.{layer}"
+    # Extra layers for multi-token prediction: how many are numbered on behind the last one, or what they are
+    # called, counted from 0. Of several names the first has the layer itself.
+    mtp_key: str | None = None
+    mtp_layer: tuple[str, ...] = ()
     # Prefixes of what mixes tokens; with more than one, a layer has those of its kind.
     attention: tuple[str, ...] = ("model.layers.{layer}.self_attn.",)
     embedding: str = "model.embed_tokens.weight"
@@ -136,6 +144,19 @@ class Family:
     def layer_pattern(self) -> re.Pattern[str]:
         """Matches any tensor of a layer; group ``layer``."""
         return re.compile(rf"{_pattern(self.layer)}\..+")
+
+    def stray_pattern(self, layout: Layout) -> re.Pattern[str]:
+        """Matches what a mixture has in ``layout``, wherever it is: outside the known layers, something unknown."""
+        block = layout.under(f"{self.layer}.", "")
+        parts = (block.anything_of_experts, block.table_pattern, *(pattern for pattern, _axis in block.row_patterns))
+        return re.compile(rf"(.*\.)?({'|'.join(part.pattern for part in parts)})")
+
+    @cached_property
+    def mtp_pattern(self) -> re.Pattern[str]:
+        """Matches any tensor of a layer for multi-token prediction that has a name of its own; group ``layer``."""
+        # A group may be named once only: what is before the number, then the number.
+        before = [template.partition("{layer}")[0] for template in self.mtp_layer]
+        return re.compile(rf"(?:{'|'.join(map(re.escape, before))}){_pattern('{layer}')}\..+" if before else r"(?!)")
 
 
 def _pattern(template: str) -> str:

@@ -18,6 +18,12 @@ ERNIE4_5_MOE = Family(
         step_key="moe_layer_interval",
         defaults={"moe_layer_start_index": 1},
     ),
+    mtp_layer=(
+        "model.mtp_block.{layer}",
+        "model.mtp_emb_norm.{layer}",
+        "model.mtp_hidden_norm.{layer}",
+        "model.mtp_linear_proj.{layer}",
+    ),
     tied_by_default=True,
     router=RouterRule(scoring="softmax", renormalise=True, selection_bias=True),
     layouts=both_layouts(

@@ -4,71 +4,45 @@ from moesurgeon.families.description import Family
 from moesurgeon.families.rules import Groups, MoeLayers, RouterRule
 from moesurgeon.families.stored import both_layouts
 
-_LAYOUTS = both_layouts(
-    {"{block}.gate.weight": 0, "{block}.gate.e_score_correction_bias": 0}, shared="{block}.shared_experts."
-)
-_GROUPS = Groups(count_key="n_group", kept_key="topk_group", score="top2-sum")
-_EXPERTS_KEYS = ("n_routed_experts", "num_local_experts", "num_experts")
 
-GLM4_MOE = Family(
-    name="glm4_moe",
-    title="GLM-4-MoE",
-    model_types=("glm4_moe",),
-    experts_keys=_EXPERTS_KEYS,
-    shared_key="n_shared_experts",
-    expert_width_key="moe_intermediate_size",
-    moe_layers=MoeLayers(first_dense_key="first_k_dense_replace", defaults={"first_k_dense_replace": 1}),
-    mtp_key="num_nextn_predict_layers",
-    router=RouterRule(
-        scoring="sigmoid",
-        renormalise="norm_topk_prob",
-        renormalise_default=True,
-        scale_key="routed_scaling_factor",
-        groups=_GROUPS,
-        selection_bias=True,
-    ),
-    layouts=_LAYOUTS,
-)
+def _family(
+    name: str,
+    title: str,
+    *,
+    types_key: str | None = None,
+    dense_by_default: int = 1,
+    renormalises_by_default: bool = True,
+    scale_by_default: float = 1.0,
+    mtp_key: str | None = "num_nextn_predict_layers",
+) -> Family:
+    return Family(
+        name=name,
+        title=title,
+        model_types=(name,),
+        experts_keys=("n_routed_experts", "num_local_experts", "num_experts"),
+        shared_key="n_shared_experts",
+        expert_width_key="moe_intermediate_size",
+        moe_layers=MoeLayers(
+            first_dense_key="first_k_dense_replace",
+            types_key=types_key,
+            defaults={"first_k_dense_replace": dense_by_default},
+        ),
+        mtp_key=mtp_key,
+        router=RouterRule(
+            scoring="sigmoid",
+            renormalise="norm_topk_prob",
+            renormalise_default=renormalises_by_default,
+            scale_key="routed_scaling_factor",
+            scale_default=scale_by_default,
+            groups=Groups(count_key="n_group", kept_key="topk_group", score="top2-sum"),
+            selection_bias=True,
+        ),
+        layouts=both_layouts(
+            {"{block}.gate.weight": 0, "{block}.gate.e_score_correction_bias": 0}, shared="{block}.shared_experts."
+        ),
+    )
 
-GLM4_MOE_LITE = Family(
-    name="glm4_moe_lite",
-    title="GLM-4-MoE-Lite",
-    model_types=("glm4_moe_lite",),
-    experts_keys=_EXPERTS_KEYS,
-    shared_key="n_shared_experts",
-    expert_width_key="moe_intermediate_size",
-    moe_layers=MoeLayers(
-        first_dense_key="first_k_dense_replace",
-        types_key="mlp_layer_types",
-        defaults={"first_k_dense_replace": 1},
-    ),
-    mtp_key="num_nextn_predict_layers",
-    router=RouterRule(
-        scoring="sigmoid",
-        renormalise="norm_topk_prob",
-        renormalise_default=True,
-        scale_key="routed_scaling_factor",
-        scale_default=1.8,
-        groups=_GROUPS,
-        selection_bias=True,
-    ),
-    layouts=_LAYOUTS,
-)
 
-DOTS1 = Family(
-    name="dots1",
-    title="dots.llm1",
-    model_types=("dots1",),
-    experts_keys=_EXPERTS_KEYS,
-    shared_key="n_shared_experts",
-    expert_width_key="moe_intermediate_size",
-    moe_layers=MoeLayers(first_dense_key="first_k_dense_replace"),
-    router=RouterRule(
-        scoring="sigmoid",
-        renormalise="norm_topk_prob",
-        scale_key="routed_scaling_factor",
-        groups=_GROUPS,
-        selection_bias=True,
-    ),
-    layouts=_LAYOUTS,
-)
+GLM4_MOE = _family("glm4_moe", "GLM-4-MoE")
+GLM4_MOE_LITE = _family("glm4_moe_lite", "GLM-4-MoE-Lite", types_key="mlp_layer_types", scale_by_default=1.8)
+DOTS1 = _family("dots1", "dots.llm1", dense_by_default=0, renormalises_by_default=False, mtp_key=None)

@@ -12,6 +12,7 @@ MINIMAX_M2 = Family(
     model_types=("minimax_m2",),
     experts_keys=("num_local_experts", "num_experts"),
     expert_width_key="intermediate_size",
+    mtp_key="num_mtp_modules",
     router=RouterRule(scoring="sigmoid", renormalise=True, selection_bias=True),
     layouts=both_layouts(
         _ROWS,

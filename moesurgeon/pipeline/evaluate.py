@@ -1,33 +1,70 @@
-"""``evaluate``: held-out loss, alone or against another checkpoint."""
+"""``evaluate``: held-out loss, alone or against another checkpoint, and what has to be true of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moesurgeon.engine.device import place
-from moesurgeon.engine.ranks import join_ranks
+from moesurgeon.engine.model import context_length
+from moesurgeon.engine.ranks import Ranks, join_ranks
 from moesurgeon.engine.streams import Stream
+from moesurgeon.errors import UsageError
+from moesurgeon.evaluation.continuations import PROMPT_TOKENS, continuations, prompts_of
+from moesurgeon.evaluation.degeneration import degeneration
+from moesurgeon.evaluation.figures import Figures, figures_of
+from moesurgeon.evaluation.gate import Gate, parse_gate
 from moesurgeon.evaluation.measure import measure
-from moesurgeon.evaluation.summary import summarise
+from moesurgeon.evaluation.summary import possible_report, summarise
+from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
 from moesurgeon.pipeline.options import Running, Text
-from moesurgeon.pipeline.subject import open_subject
-from moesurgeon.pipeline.text import read_text, window_length
-from moesurgeon.pipeline.walking import ready
+from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.pipeline.text import read_text, trace_specs, window_length
+from moesurgeon.pipeline.walking import Ready, ready
 from moesurgeon.progress import SILENT, Progress
+from moesurgeon.traces.windows import Corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpec:
+    """What is looked at beside the losses.
+
+    ``gates``: conditions on the report, all of which have to hold. ``continuations``: how many prompts are
+    continued greedily, by up to ``new_tokens`` tokens, to see how much of it is repetition.
+    """
+
+    gates: tuple[str, ...] = ()
+    continuations: int = 0
+    new_tokens: int = 64
 
 
 def evaluate(
-    source: str, against: str | None, text: Text, running: Running, progress: Progress = SILENT
+    source: str,
+    against: str | None,
+    text: Text,
+    running: Running,
+    progress: Progress = SILENT,
+    spec: EvaluateSpec | None = None,
 ) -> dict[str, Any]:
-    """Measure ``source`` on the report split, and its distance from the checkpoint ``against``."""
+    """Measure ``source`` on the report split, and its distance from the checkpoint ``against``.
+
+    A gate that fails is in the report and raises nothing: what that means is for the caller to say.
+    """
+    spec = spec or EvaluateSpec()
     subject = open_subject(source)
     other = open_subject(against) if against else None
+    subjects = [subject, other] if other else [subject]
+    gate = read_gate(subject, text, spec, has_teacher=other is not None)
     placement = place(running.device, running.dtype, subject.stored_dtype)
+    length = window_length(subject, text)
+    _refuse_long(subjects, spec, length)
     corpus = read_text(subject, text, builtin_split="report")
     ranks = join_ranks(running.device)
-    subjects = [subject, other] if other else [subject]
-    length = window_length(subject, text)
     with ready(subjects, corpus, placement, length=length, max_memory=running.max_memory) as walk:
+        if spec.continuations:
+            for each in walk.sources:
+                require_resident(each, "--continuations")
         streams = [Stream(each) for each in walk.sources]
         measured = measure(
             streams[0],
@@ -38,6 +75,12 @@ def evaluate(
             folder=walk.folder,
             progress=progress,
         )
+        report = summarise(measured)
+        if spec.continuations:
+            mine, *theirs = _continued(walk, subjects, corpus, spec, ranks, progress)
+            report["degeneration"] = mine
+            if theirs:
+                report["against"]["degeneration"] = theirs[0]
         is_resident = walk.is_resident
     return {
         "checkpoint": source,
@@ -46,5 +89,57 @@ def evaluate(
         "trace_hashes": dict(corpus.hashes),
         "placement": str(placement),
         "resident": is_resident,
-        **summarise(measured),
+        **report,
+        **({"gate": gate.judge(figures_of(report))} if gate else {}),
     }
+
+
+def read_gate(subject: Subject, text: Text, spec: EvaluateSpec, *, has_teacher: bool) -> Gate | None:
+    """Return the gate that ``spec`` asks for; UsageError for a name that its report cannot have."""
+    gate = parse_gate(spec.gates)
+    if gate is None:
+        return None
+    domains = [each.domain for each in trace_specs(text)]
+    length = window_length(subject, text)
+
+    def possible(has_teacher: bool, continues: bool) -> Figures:
+        report = possible_report(domains, length=length, has_teacher=has_teacher)
+        if continues:
+            report["degeneration"] = degeneration([], domains, spec.new_tokens)
+            if has_teacher:
+                report["against"]["degeneration"] = report["degeneration"]
+        return figures_of(report)
+
+    continues = spec.continuations > 0
+    otherwise = {
+        "--against CKPT": possible(True, continues),
+        "--continuations N": possible(has_teacher, True),
+        "--against CKPT and --continuations N": possible(True, True),
+    }
+    gate.check(possible(has_teacher, continues), otherwise)
+    return gate
+
+
+def _refuse_long(subjects: Sequence[Subject], spec: EvaluateSpec, length: int) -> None:
+    """Raise UsageError if prompts and what comes behind them do not fit into a context."""
+    prompt = min(PROMPT_TOKENS, length // 2)
+    for subject in subjects if spec.continuations else ():
+        most = context_length(subject.anatomy) - prompt
+        if spec.new_tokens > most:
+            raise UsageError(
+                f"--new-tokens {spec.new_tokens} does not fit behind a prompt of {prompt} tokens into the context "
+                f"of {subject.name}; give at most {most}"
+            )
+
+
+def _continued(
+    walk: Ready, subjects: Sequence[Subject], corpus: Corpus, spec: EvaluateSpec, ranks: Ranks, progress: Progress
+) -> list[dict[str, Any]]:
+    """Return how each of ``subjects`` goes on with the same prompts."""
+    prompts = prompts_of(corpus.windows, corpus.domains, spec.continuations)
+    reports = []
+    for subject, source in zip(subjects, walk.sources, strict=True):
+        with whole(source) as model:
+            made = continuations(model, prompts, spec.new_tokens, ends_of(subject), ranks=ranks, progress=progress)
+        reports.append(degeneration(made, corpus.domains, spec.new_tokens))
+    return reports

@@ -111,14 +111,18 @@ def _inner(output: ProfileOutput) -> InnerSpec | None:
 
 def _state(output: ProfileOutput, origin: Origin, walk: Ready, ranks: Ranks) -> WalkState:
     """Return the state beside ``output`` of a walk for the profile that ``origin`` describes."""
-    shapes = [tuple(batch.tokens.shape) for batch in walk.batches]
     wanted = [output.inner, output.inner_experts, output.latency]
-    facts = [moesurgeon.__version__, torch.__version__, asdict(origin), shapes, wanted]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    state = WalkState(_kept(output.output), digest, ranks)
+    facts = [moesurgeon.__version__, torch.__version__, asdict(origin), wanted]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    # The traces' hashes say nothing of how much of them was read.
+    for batch in walk.batches:
+        digest.update(f"{batch.domain} {[len(window.tokens) for window in batch.windows]}".encode())
+        for window in batch.windows:
+            digest.update(window.tokens.tobytes())
+    state = WalkState(_kept(output.output), digest.hexdigest(), ranks)
     if output.inner is not None and ranks.is_first and not (state.folder / INNER).is_file():
         shutil.rmtree(state.folder)  # layers that are done without their inner products are not
-        state = WalkState(_kept(output.output), digest, ranks)
+        state = WalkState(_kept(output.output), digest.hexdigest(), ranks)
     return state
 
 

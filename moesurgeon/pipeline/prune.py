@@ -13,8 +13,9 @@ from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
+from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan
-from moesurgeon.surgery.prune import plan_prune
+from moesurgeon.surgery.prune import Kept, plan_prune, with_mtp_layers
 
 
 def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = SILENT) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     choice = choose(subject, spec, dry_run=writing.dry_run)
-    kept, how = choice.kept, choice.record
+    kept, how = with_mtp_layers(anatomy, choice.kept), choice.record
     if spec.below is not None and writing.dry_run:
         writing = replace(writing, allow_noop=True)  # asked for what is cold, that nothing is cold is an answer
     try:
@@ -45,7 +46,11 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
         },
         "experts_before": anatomy.experts,
         "experts_after": after,
-        "warnings": [*choice.warnings, *parallel_warnings(anatomy.experts, after)],
+        "warnings": [
+            *choice.warnings,
+            *_unmeasured(anatomy, choice.kept, after),
+            *parallel_warnings(anatomy.experts, after),
+        ],
         "stages": [],
         "healing": [],
         **choice.evidence,
@@ -55,3 +60,32 @@ def prune(source: str, spec: PruneSpec, writing: Writing, progress: Progress = S
     for warning in report["warnings"]:
         progress.note(f"note: {warning}")
     return report
+
+
+def _unmeasured(anatomy: Anatomy, chosen: Kept, after: int) -> list[str]:
+    """Say what was decided without being measured."""
+    warnings = []
+    followers = [layer for layer in anatomy.mtp_layers if layer not in chosen]
+    if followers and after < anatomy.experts:
+        warnings.append(
+            f"{_layers(followers)} (multi-token prediction) as layer {max(anatomy.moe_layers)}: nothing was measured "
+            "there, since transformers does not run them; --keep-experts can name other experts"
+        )
+    by_table = sorted({role.layer for _name, role in anatomy.of_kind("table") if role.layer is not None})
+    if by_table and after < anatomy.experts:
+        share = (anatomy.experts - after) / anatomy.experts
+        warnings.append(
+            f"{_layers(by_table)} by a table from token to experts: the entries of pruned experts (about {share:.0%}) "
+            f"are given evenly to those that stay; the cost cannot be measured, moesurgeon does not run "
+            f"{anatomy.family.title}"
+        )
+    return warnings
+
+
+def _layers(numbers: list[int]) -> str:
+    """Return a subject and its verb.
+
+    >>> _layers([4]), _layers([0, 1])
+    ('layer 4 chooses', 'layers 0, 1 choose')
+    """
+    return f"layer {numbers[0]} chooses" if len(numbers) == 1 else f"layers {', '.join(map(str, numbers))} choose"

@@ -80,7 +80,10 @@ class Step(BaseModel):
 
 
 class Recipe(BaseModel):
-    """``text`` is what profiles, recovery and evaluations read; ``report_tokens`` bounds the last."""
+    """``text`` is what profiles, recovery and evaluations read; ``report_tokens`` bounds the last.
+
+    ``gate``: a condition on the evaluation of the result against the original (``evaluation.gate``).
+    """
 
     model_config = _STRICT
 
@@ -88,6 +91,7 @@ class Recipe(BaseModel):
     text: Text = Text()
     running: Running = Running()
     report_tokens: _Tokens = 65536
+    gate: str | None = None
     steps: tuple[Step, ...]
 
     @model_validator(mode="after")
@@ -99,6 +103,8 @@ class Recipe(BaseModel):
             fresh = step.name == "profile"
         if not self.steps:
             raise ValueError("there are no steps; list at least one under steps")
+        if self.gate is not None and all(step.profile for step in self.steps):
+            raise ValueError("gate judges what the steps made, and they only profile; remove it or add a step")
         return self
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
-from moesurgeon.pipeline.evaluate import evaluate
+from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate, read_gate
 from moesurgeon.pipeline.inspect import inspect
 from moesurgeon.pipeline.options import Text, Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
@@ -74,13 +74,15 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
         report = _write(recipe, step, current, taken, target, progress)
         current = str(target)
         usage_folder = folder / "usage" / f"{number:02d}-{step.name}"
-        stages.append(_measured(recipe, step.name, current, usage_folder, report, progress))
+        spec = EvaluateSpec(gates=(recipe.gate,)) if last and recipe.gate else None
+        stages.append(_measured(recipe, step.name, current, usage_folder, report, progress, spec=spec))
         _log(folder, stages[-1])
     figures = {
         "recipe": str(recipe_path),
         "checkpoint": current,
         "stages": stages,
         "seconds": time.monotonic() - started,
+        **({"gate": gate} if (gate := stages[-1].pop("gate", None)) else {}),
     }
     _write_whole(folder / _FIGURES, json.dumps(figures, indent=2) + "\n")
     if (previous / _JOURNAL).is_file():
@@ -95,6 +97,8 @@ def _refuse_impossible(recipe: Recipe, output: RunOutput) -> None:
     device.place(recipe.running.device, recipe.running.dtype, subject.stored_dtype)
     window_length(subject, recipe.text)
     trace_specs(recipe.text)
+    if recipe.gate:
+        read_gate(subject, recipe.text, EvaluateSpec(gates=(recipe.gate,)), has_teacher=True)
     anatomy = subject.anatomy
     for step in recipe.steps:
         if step.retop:
@@ -139,13 +143,20 @@ def _write(
 
 
 def _measured(
-    recipe: Recipe, stage: str, checkpoint: str, usage_folder: Path, report: Mapping[str, Any], progress: Progress
+    recipe: Recipe,
+    stage: str,
+    checkpoint: str,
+    usage_folder: Path,
+    report: Mapping[str, Any],
+    progress: Progress,
+    *,
+    spec: EvaluateSpec | None = None,
 ) -> dict[str, Any]:
-    """Return the figures of one stage: size, cost, held-out quality, balance, speed."""
+    """Return the figures of one stage: size, cost, held-out quality (with a gate's verdict), balance, speed."""
     facts = inspect(checkpoint)
     against = None if stage == "original" else recipe.checkpoint
     text = _text(recipe, "report", recipe.report_tokens)
-    quality = evaluate(checkpoint, against, text, recipe.running, progress)
+    quality = evaluate(checkpoint, against, text, recipe.running, progress, spec)
     usage = profile(
         checkpoint,
         ProfileOutput(output=usage_folder),
@@ -172,6 +183,7 @@ def _measured(
         "max_over_mean": max(layer["max_over_mean"] for layer in layers),
         "tokens_per_second": quality["tokens_per_second"],
         "gap_closed": report.get("gap_closed"),
+        **({"gate": quality["gate"]} if "gate" in quality else {}),
     }
 
 

@@ -12,11 +12,12 @@ import math
 import re
 from dataclasses import asdict, dataclass
 
-from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.surgery.anatomy import Anatomy
 
 # The spellings of quantisation scales; other tensors may be called scale and be weights.
 _SCALES = re.compile(r"(weight_scale(_inv)?|_proj_scale(_inv)?|_scales|\.scale|\.qscale_\w+|(input|activation)_scale)$")
+# What two weights of four bits are stored as.
+_BYTES = ("I8", "U8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,9 @@ class Flops:
 
 def count_parameters(anatomy: Anatomy) -> Parameters:
     """Count weights (not the scales of quantised ones)."""
-    total = sum(_weights(spec) for name, spec in anatomy.tensors.items() if anatomy.roles[name].kind != "table")
+    total = sum(_weights(anatomy, name) for name, role in anatomy.roles.items() if role.kind != "table")
     # Layers for multi-token prediction are part of the file, not of what a token runs through.
-    mtp = sum(
-        _weights(anatomy.tensors[name]) for name, role in anatomy.roles.items() if (role.layer or 0) >= anatomy.layers
-    )
+    mtp = sum(_weights(anatomy, name) for name, role in anatomy.roles.items() if (role.layer or 0) >= anatomy.layers)
     experts = _routed(anatomy, anatomy.routed_layers)
     idle = sum(
         _routed(anatomy, (layer,)) * (anatomy.experts - anatomy.top_ks[layer]) // anatomy.experts
@@ -71,18 +70,18 @@ def count_flops(anatomy: Anatomy) -> Flops:
         if role.kind in ("expert", "fused", "table") or (role.layer or 0) >= anatomy.layers or len(spec.shape) < 2:
             continue
         if role.kind == "rows":
-            parts["router"] += 2 * _weights(spec) if name.endswith(".weight") else 0  # biases are only added
+            parts["router"] += 2 * _weights(anatomy, name) if name.endswith(".weight") else 0  # biases are only added
         elif role.kind == "shared":
-            parts["shared_experts"] += 2 * _weights(spec)
+            parts["shared_experts"] += 2 * _weights(anatomy, name)
         elif role.layer is None:
             # A tied head multiplies by the embedding.
             is_head = name == anatomy.family.head
             tied = name == anatomy.family.embedding and anatomy.family.head not in anatomy.tensors
-            parts["head"] += 2 * _weights(spec) if is_head or tied else 0
+            parts["head"] += 2 * _weights(anatomy, name) if is_head or tied else 0
         elif name.startswith(tuple(prefix.replace("{layer}", str(role.layer)) for prefix in anatomy.family.attention)):
-            parts["attention"] += 2 * _weights(spec)
+            parts["attention"] += 2 * _weights(anatomy, name)
         else:
-            parts["shared_experts" if role.layer in anatomy.moe_layers else "dense_mlp"] += 2 * _weights(spec)
+            parts["shared_experts" if role.layer in anatomy.moe_layers else "dense_mlp"] += 2 * _weights(anatomy, name)
     parts["routed_experts"] = sum(
         2 * _routed(anatomy, (layer,), biases=False) * anatomy.top_ks[layer] // anatomy.experts
         for layer in anatomy.moe_layers
@@ -92,15 +91,21 @@ def count_flops(anatomy: Anatomy) -> Flops:
 
 def _routed(anatomy: Anatomy, layers: tuple[int, ...], *, biases: bool = True) -> int:
     return sum(
-        _weights(anatomy.tensors[name])
+        _weights(anatomy, name)
         for layer in layers
         for name, role in anatomy.of_kind("expert", "fused", layer=layer)
         if biases or not role.suffix.endswith("bias")
     )
 
 
-def _weights(spec: TensorSpec) -> int:
-    """Number of weights in a tensor; 0 for scales, two per byte in MXFP4 blocks."""
-    if not spec.name.endswith(".weight") and _SCALES.search(spec.name):
-        return 0
-    return math.prod(spec.shape) * (2 if spec.name.endswith("_blocks") else 1)
+def _weights(anatomy: Anatomy, name: str) -> int:
+    """Number of weights in a tensor; 0 for scales, two per byte in FP4 (MXFP4 blocks, DeepSeek-V4's experts)."""
+    spec, role = anatomy.tensors[name], anatomy.roles[name]
+    count = math.prod(spec.shape)
+    if not name.endswith(".weight") and _SCALES.search(name):
+        # What is only called scale, and belongs to no quantised weight, is a weight itself.
+        belongs = not name.endswith(".scale") or f"{name.removesuffix('scale')}weight" in anatomy.tensors
+        if belongs:
+            return 0
+    halved = role.kind == "expert" and spec.dtype in _BYTES and 2 * count == anatomy.hidden * anatomy.expert_width
+    return count * (2 if halved or name.endswith("_blocks") else 1)

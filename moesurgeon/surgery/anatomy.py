@@ -7,14 +7,14 @@ of a plan that has not been written alike.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.errors import CheckpointError
-from moesurgeon.families import FAMILIES, Family, Layout, family_of
+from moesurgeon.families import FAMILIES, Family, Layout, families_of
 from moesurgeon.families.keys import count_of, is_present, value_at
 
 Kind = Literal["expert", "fused", "rows", "table", "shared", "unknown-expert", "other"]
@@ -38,7 +38,7 @@ class Role:
     axis: int = 0
 
 
-# What no family leaves outside its block: experts of layers that are not described (mtp.* of some).
+# What no family leaves outside its block: experts of layers that are not described.
 _OF_EXPERTS = re.compile(r"(.*\.)?experts\..+")
 _PROJECTION_KINDS: tuple[Kind, ...] = ("expert", "fused")
 
@@ -48,8 +48,9 @@ class Anatomy:
     """A checkpoint seen as a mixture of experts.
 
     ``moe_layers`` are those of the model proper, ``mtp_layers`` the extra mixture layers behind them
-    (multi-token prediction). ``roles`` has an entry for every tensor. ``top_ks``: experts per token,
-    layer by layer; ``top_k`` is the largest of them.
+    (multi-token prediction), numbered on whatever their names are: ``mtp.0`` is the layer after the last.
+    ``roles`` has an entry for every tensor. ``top_ks``: experts per token, layer by layer; ``top_k`` is the
+    largest of them.
     """
 
     family: Family
@@ -108,6 +109,15 @@ class Anatomy:
             if self.roles[name].kind in kinds:
                 yield name, self.roles[name]
 
+    def name_in(self, layer: int, template: str, layout: Layout | None = None) -> str:
+        """Return a name of ``layout`` (by default this checkpoint's) in ``layer``, which may be for multi-token
+        prediction; an ``{expert}`` stays."""
+        name = template.replace("{block}", (layout or self.layout).block)
+        if layer >= self.layers and self.family.mtp_layer:
+            name = name.replace(self.family.layer, self.family.mtp_layer[0], 1)
+            layer -= self.layers
+        return name.replace("{layer}", str(layer))
+
     def router_weight(self, layer: int) -> str:
         """Return the name of the router's weight [E, H] of ``layer``."""
         for name, _role in self.of_kind("rows", layer=layer):
@@ -126,10 +136,9 @@ def examine(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Ana
     if not any(is_present(config, key) for key in known) and not any(".experts." in name for name in tensors):
         kind = str(config.get("model_type"))[:60]
         raise CheckpointError(f"this {kind} checkpoint is a dense model: it has no experts, so there is nothing to do")
-    family = family_of(config)
-    layout = _layout_of(family, tensors)
-    roles = {name: _role_of(family, layout, name) for name in tensors}
+    family, layout = _layout_of(families_of(config), tensors)
     layers = _number(config, (family.layers_key,))
+    roles = _roles_of(family, layout, layers, tensors)
     expert_layers = sorted(
         {role.layer for role in roles.values() if role.kind in _PROJECTION_KINDS and role.layer is not None}
     )
@@ -151,22 +160,47 @@ def examine(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Ana
     )
 
 
-def _layout_of(family: Family, tensors: Mapping[str, TensorSpec]) -> Layout:
+def _layout_of(families: tuple[Family, ...], tensors: Mapping[str, TensorSpec]) -> tuple[Family, Layout]:
     found = [
-        layout
+        (family, layout)
+        for family in families
         for layout in family.layouts
         if any(layout.expert_pattern.fullmatch(name) or layout.fused_pattern.fullmatch(name) for name in tensors)
     ]
     if not found:
         raise CheckpointError(
-            f"config.json says {family.title}, but no tensor is named like its experts: the weights are another model's"
+            f"config.json says {families[0].title}, but no tensor is named like its experts: "
+            "the weights are another model's"
         )
     if len(found) > 1:
         raise CheckpointError("experts are stored both one by one and fused; the folder mixes two checkpoints")
     return found[0]
 
 
-def _role_of(family: Family, layout: Layout, name: str) -> Role:
+def _roles_of(family: Family, layout: Layout, layers: int, names: Iterable[str]) -> dict[str, Role]:
+    """Return the role of every tensor; layers for multi-token prediction are numbered from ``layers`` on."""
+    mtp = layout.under(family.layer, family.mtp_layer[0]) if family.mtp_layer else None
+    stray = family.stray_pattern(layout)
+
+    def role_of(name: str) -> Role:
+        if mtp and (match := family.mtp_pattern.fullmatch(name)):
+            role = _role_in(mtp, name) or _other(name, int(match["layer"]))
+            return replace(role, layer=layers + (role.layer or 0))
+        if role_in_block := _role_in(layout, name):
+            return role_in_block
+        if match := family.layer_pattern.fullmatch(name):
+            return _other(name, int(match["layer"]))
+        return Role("unknown-expert") if stray.fullmatch(name) else _other(name, None)
+
+    return {name: role_of(name) for name in names}
+
+
+def _other(name: str, layer: int | None) -> Role:
+    return Role("unknown-expert" if _OF_EXPERTS.fullmatch(name) else "other", layer)
+
+
+def _role_in(layout: Layout, name: str) -> Role | None:
+    """Return the role of a tensor that ``layout`` describes."""
     roles_by_name = {stored: role for role, stored in layout.projections.items()}
     if match := layout.expert_pattern.fullmatch(name):
         return Role(
@@ -187,9 +221,7 @@ def _role_of(family: Family, layout: Layout, name: str) -> Role:
         return Role("shared", int(match["layer"]))
     if match := layout.anything_of_experts.fullmatch(name):
         return Role("unknown-expert", int(match["layer"]))
-    match = family.layer_pattern.fullmatch(name)
-    kind: Kind = "unknown-expert" if _OF_EXPERTS.fullmatch(name) else "other"
-    return Role(kind, int(match["layer"]) if match else None)
+    return None
 
 
 def _top_ks(config: Mapping[str, Any], family: Family, layers: int) -> tuple[int, ...]:

@@ -75,7 +75,8 @@ def apply(
         # A shard may be a link itself: to the blobs of a hub cache.
         homes = {source.path_of(shard).resolve().parent for shard in source.headers}
         with staged(target, overwrite=overwrite, sources=(source.root, *sorted(homes)), digest=digest) as staging:
-            finished = {shard.name for shard in shards if is_finished(compiled(shard, source, reader), staging, reader)}
+            there = [compiled(shard, source, reader) for shard in shards if (staging / shard.name).exists()]
+            finished = {shard.name for shard in there if is_finished(shard, staging, reader)}
             to_write = [shard for shard in shards if shard.name not in finished]
             for shard in to_write:
                 if link and shard.equals and _linked(source.path_of(shard.equals), staging / shard.name):

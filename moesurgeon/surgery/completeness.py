@@ -46,8 +46,12 @@ def _of_layers(anatomy: Anatomy) -> Iterator[str]:
             yield f"layers {_few(missing)} should have experts by config.json, but hold none; shards are missing"
         if extra:
             yield f"layers {_few(extra)} hold experts, but config.json makes them dense"
-    last = anatomy.layers + count_of(anatomy.config, anatomy.family.mtp_key, 0)
-    beyond = sorted(layer for layer in anatomy.by_layer if layer >= last)
+    # Extra layers that have names of their own are what they say; those that are numbered on must be counted.
+    pattern, named = anatomy.family.layer_pattern, bool(anatomy.family.mtp_layer)
+    last = anatomy.layers + (0 if named else count_of(anatomy.config, anatomy.family.mtp_key, 0))
+    beyond = sorted(
+        layer for layer, names in anatomy.by_layer.items() if layer >= last and any(map(pattern.fullmatch, names))
+    )
     if beyond:
         yield f"config.json counts {anatomy.layers} layers, but layers {_few(beyond)} are stored as well"
     stored = {layer for layer in anatomy.by_layer if layer < anatomy.layers}
@@ -178,7 +182,7 @@ def _mixers(anatomy: Anatomy, layer: int) -> tuple[str, ...]:
 
 def _in_layer(anatomy: Anatomy, name: str, layer: int) -> str:
     """Return ``name`` without its layer's prefix."""
-    return name.removeprefix(anatomy.family.layer.replace("{layer}", str(layer)) + ".")
+    return name.removeprefix(anatomy.name_in(layer, anatomy.family.layer) + ".")
 
 
 def _few(numbers: list[int]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.surgery.edits import Pure
@@ -33,27 +31,3 @@ def doubled(spec: TensorSpec) -> Pure:
         return bytes(twice.tobytes())
 
     return Pure(f"doubled {spec.dtype}", function)
-
-
-def renumbered_ids(spec: TensorSpec, numbers: Mapping[int, int]) -> Pure:
-    """Return a function from the bytes of a table of expert numbers to those with new ones.
-
-    The function raises UsageError if the table names an expert that has no new number.
-    """
-
-    def function(raw: bytes) -> bytes:
-        import numpy as np
-
-        stored = {"I32": "<i4", "I64": "<i8"}[spec.dtype]
-        table = np.frombuffer(raw, dtype=np.dtype(stored)).reshape(spec.shape)
-        gone = ~np.isin(table, list(numbers))
-        if gone.any():
-            raise UsageError(
-                f"{spec.name} sends {int(gone.any(-1).sum())} tokens to experts that were to be pruned, such as "
-                f"{int(table[gone][0])}, and no other expert stands in for one exactly; keep all that the table names"
-            )
-        new = np.zeros(max(numbers) + 1, dtype=table.dtype)
-        new[list(numbers)] = list(numbers.values())
-        return bytes(new[table].tobytes())
-
-    return Pure(f"renumbered {spec.dtype} {sorted(numbers.items())}", function)

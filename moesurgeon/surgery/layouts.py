@@ -58,7 +58,9 @@ def _moved(source: Anatomy, target: Layout) -> Iterator[Output]:
 def _moved_name(source: Anatomy, target: Layout, name: str) -> str:
     """Return what ``target`` calls ``name``, which is no expert's: by its place among the rows, or by its block."""
     role = source.roles[name]
-    old_block, new_block = (layout.block.replace("{layer}", str(role.layer)) for layout in (source.layout, target))
+    if role.layer is None:
+        return name
+    old_block, new_block = (source.name_in(role.layer, layout.block) for layout in (source.layout, target))
     if role.kind == "rows":
         for old, new in zip(source.layout.per_expert_rows, target.per_expert_rows, strict=True):
             if name == old.replace("{block}", old_block):
@@ -71,7 +73,7 @@ def _fused(source: Anatomy, target: Layout, layer: int) -> Iterator[Output]:
     for name, role in source.of_kind("expert", layer=layer):
         assert role.expert is not None and role.projection is not None
         pieces[role.expert, role.projection] = source.tensors[name]
-    prefix = target.fused.replace("{block}", target.block).replace("{layer}", str(layer))
+    prefix = source.name_in(layer, target.fused, target)
     wide, high = pieces[0, "gate"].shape
     both = [pieces[expert, part] for expert in range(source.experts) for part in ("gate", "up")]
     down = [pieces[expert, "down"] for expert in range(source.experts)]
@@ -82,7 +84,7 @@ def _fused(source: Anatomy, target: Layout, layer: int) -> Iterator[Output]:
 def _unfused(source: Anatomy, target: Layout, layer: int) -> Iterator[Output]:
     fused = {role.projection: source.tensors[name] for name, role in source.of_kind("fused", layer=layer)}
     assert target.expert is not None
-    prefix = target.expert.replace("{block}", target.block).replace("{layer}", str(layer))
+    prefix = source.name_in(layer, target.expert, target)
     _experts, high, wide = fused["down"].shape
     for expert in range(source.experts):
         for part, role, place, count, shape in (

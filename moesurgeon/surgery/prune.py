@@ -9,8 +9,8 @@ from moesurgeon.families.keys import is_present
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.edits import Output
-from moesurgeon.surgery.exact import renumbered_ids
 from moesurgeon.surgery.plan import EditPlan
+from moesurgeon.surgery.tables import without_experts
 
 Kept = Mapping[int, Sequence[int]]
 """Layer -> experts that stay, in the source's numbering, ascending."""
@@ -21,31 +21,29 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
 
     ``kept`` needs an entry per mixture layer, all of one length: stock runtimes hold one expert count
     for the whole model. Layers for multi-token prediction that ``kept`` leaves out follow the last
-    layer. Raises UsageError if the result could not run. A layer that chooses by a table from token to
-    experts (DeepSeek-V4) can lose only experts that its table does not name: for a token's missing
-    expert there is no exact substitute, and the write fails with UsageError.
+    layer. Where a layer chooses by a table from token to experts (DeepSeek-V4), the entries of those that
+    go are given to the others. Raises UsageError if the result could not run.
     """
-    kept = {layer: tuple(sorted(kept[layer])) for layer in kept}
-    last = max(source.moe_layers, default=None)
-    if last in kept:
-        kept |= {layer: kept[last] for layer in source.mtp_layers if layer not in kept}
+    kept = with_mtp_layers(source, kept)
     count = check_kept(source, kept)
     numbers = {layer: {old: new for new, old in enumerate(experts)} for layer, experts in kept.items()}
     outputs: dict[str, Output] = {}
     dropped: dict[str, str] = {}
+    tables: list[str] = []
     for name, spec in source.tensors.items():
         role = source.roles[name]
         if role.kind in ("fused", "rows") and role.layer in kept:
             output = edits.select(spec, role.axis, kept[role.layer], rows=source.rows_per_expert(name))
         elif role.kind == "table" and role.layer in kept:
-            output = edits.transform(spec, renumbered_ids(spec, numbers[role.layer]))
+            output = edits.transform(spec, without_experts(spec, source.experts, kept[role.layer]))
+            tables.append(name)
         elif role.kind == "expert" and role.layer in kept:
             assert role.expert is not None
             new = numbers[role.layer].get(role.expert)
             if new is None:
                 dropped[name] = "its expert was pruned"
                 continue
-            output = edits.rename(edits.copy(spec), _renumbered(source, name, new))
+            output = edits.rename(edits.copy(spec), _renumbered(source, name, role.layer, role.expert, new))
         else:
             output = edits.copy(spec)
         outputs[output.spec.name] = output
@@ -57,7 +55,20 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
         "experts": {"before": source.experts, "after": count},
         "expert_map": {str(layer): {str(old): new for old, new in numbers[layer].items()} for layer in sorted(numbers)},
     }
+    if tables:
+        record["tables"] = {"names": tables, "pruned_entries": "given to those with the fewest"}
     return EditPlan(outputs, dropped, dict.fromkeys(present, count), [record])
+
+
+def with_mtp_layers(source: Anatomy, kept: Kept) -> dict[int, tuple[int, ...]]:
+    """Return ``kept`` in order, with the last layer's choice for layers for multi-token prediction that it leaves out.
+
+    Nothing can be measured there: transformers does not run them. The last layer sees the most similar states.
+    """
+    last = max(source.moe_layers, default=None)
+    followers = [layer for layer in source.mtp_layers if layer not in kept and last in kept]
+    chosen = {**kept, **{layer: kept[last] for layer in followers if last is not None}}
+    return {layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen)}
 
 
 def check_kept(source: Anatomy, kept: Kept) -> int:
@@ -113,7 +124,7 @@ def check_count(source: Anatomy, count: int) -> None:
         )
 
 
-def _renumbered(source: Anatomy, name: str, new: int) -> str:
-    match = source.layout.expert_pattern.fullmatch(name)
-    assert match is not None
-    return f"{name[: match.start('expert')]}{new}{name[match.end('expert') :]}"
+def _renumbered(source: Anatomy, name: str, layer: int, old: int, new: int) -> str:
+    assert source.layout.expert is not None
+    template = source.name_in(layer, source.layout.expert)
+    return name.replace(template.replace("{expert}", str(old)), template.replace("{expert}", str(new)), 1)

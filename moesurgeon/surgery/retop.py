@@ -7,9 +7,9 @@ from typing import Any
 
 from moesurgeon.errors import UsageError
 from moesurgeon.families.keys import is_present, value_at
-from moesurgeon.surgery import edits
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan, identity
+from moesurgeon.surgery.tables import first_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def plan_retop(source: Anatomy, spec: RetopSpec) -> EditPlan:
         return plan
     outputs = dict(plan.outputs)
     for name, _role in source.of_kind("table"):
-        outputs[name] = edits.select(source.tensors[name], 1, range(spec.top_k))
+        outputs[name] = first_columns(source.tensors[name], spec.top_k)
     config: dict[str, Any] = {}
     for key in source.family.top_k_keys:
         if is_present(source.config, key):

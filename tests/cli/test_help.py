@@ -18,9 +18,9 @@ from tests.conftest import BUILTIN
 
 COMMANDS = (
     "inspect", "retop", "profile", "profile show", "profile merge", "profile diff", "profile import", "prune",
-    "recover", "evaluate", "verify", "run",
+    "recover", "evaluate", "harness", "verify", "run",
 )  # fmt: skip
-HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pyarrow", "huggingface_hub", "rich")
+HEAVY = ("torch", "lm_eval", "transformers", "peft", "accelerate", "datasets", "pyarrow", "huggingface_hub", "rich")
 
 
 def test_help_lists_every_command() -> None:

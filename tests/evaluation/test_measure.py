@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def _measure(stream: Stream, corpus: Corpus, teacher: Stream | None = None, rows
     return measure(stream, corpus.domains, batches_for(corpus, LENGTH, rows), teacher=teacher)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_buckets() -> Iterator[None]:
+    """Four buckets in windows of 40 tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "EDGES", (0, 8, 16, 32, 64))
+        yield
+
+
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
     return corpus_of(
@@ -90,17 +99,17 @@ def test_every_sum_is_that_of_the_plain_formulas(
     subjects: tuple[Subject, Subject], corpus: Corpus, measured: Measurement
 ) -> None:
     model, teacher = (running(subject) for subject in subjects)
-    by_position = np.zeros((max(len(window.tokens) for window in corpus.windows), 6))
     for number, window in enumerate(_by_window(corpus)):
         columns = _plain(model, teacher, window)
         np.testing.assert_allclose(measured.sums[number], columns.sum(axis=0), rtol=1e-5, atol=1e-5)
         assert measured.domains[measured.domain[number]] == window.domain
         assert measured.document[number] == window.document
         assert measured.positions[number] == len(window.tokens) - 1
-        by_position[: len(columns), :5] += columns
-        by_position[: len(columns), 5] += 1
+        for bucket, (low, high) in enumerate(itertools.pairwise((0, 8, 16, 32, 64))):
+            part = columns[low:high]
+            wanted = [*part.sum(axis=0), len(part)]
+            np.testing.assert_allclose(measured.buckets[number, bucket], wanted, rtol=1e-5, atol=1e-5)
     assert len(measured.sums) == len(corpus.windows)
-    np.testing.assert_allclose(measured.by_position, by_position, rtol=1e-5, atol=1e-5)
     assert measured.tokens == sum(len(window.tokens) for window in corpus.windows)
     assert measured.tokens_per_second > 0
     assert measured.has_teacher
@@ -136,8 +145,7 @@ def test_neither_batches_nor_blocks_of_positions_matter(
     assert rows != rows_for(LENGTH)
     monkeypatch.setattr(measuring, "LOGIT_POSITIONS", block)
     again = _measure(streams[0], corpus, streams[1], rows)
-    for name in ("sums", "by_position"):
-        np.testing.assert_allclose(getattr(again, name), getattr(measured, name), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(again.buckets, measured.buckets, rtol=1e-5, atol=1e-5)
     for name in ("domain", "document", "positions"):
         assert np.array_equal(getattr(again, name), getattr(measured, name))
 

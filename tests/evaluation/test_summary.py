@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesurgeon.evaluation.measure import AGREEMENT, ESAP, KL, LOSS, TEACHER_LOSS, Measurement
-from moesurgeon.evaluation.summary import bootstrap, summarise
+from moesurgeon.evaluation.figures import figures_of
+from moesurgeon.evaluation.measure import AGREEMENT, EDGES, ESAP, KL, LOSS, TEACHER_LOSS, Measurement
+from moesurgeon.evaluation.summary import bootstrap, possible_report, summarise
 
 
 def _seeded() -> np.random.Generator:
@@ -20,20 +22,16 @@ def _seeded() -> np.random.Generator:
 def _measurement(
     domain: Any, document: Any, positions: Any, sums: np.ndarray, *, has_teacher: bool = True, **changes: Any
 ) -> Measurement:
-    """Measured windows; ``by_position`` holds them as if each one's sums were spread evenly."""
+    """Measured windows, each in one bucket."""
     domain, document, positions = (np.asarray(values, dtype=np.int64) for values in (domain, document, positions))
-    by_position = np.zeros((int(positions.max()) + 1, 6))
-    for total, count in zip(sums, positions, strict=True):
-        by_position[:count, :5] += total / count
-        by_position[:count, 5] += 1
     fields = {
         "domains": tuple(f"d{number}" for number in range(domain.max() + 1)),
-        "by_position": by_position,
+        "buckets": np.concatenate([sums, positions[:, None]], axis=1)[:, None],
         "tokens_per_second": 2.0,
         "tokens": int(positions.sum()) + len(positions),
         "has_teacher": has_teacher,
     }
-    return Measurement(domain=domain, document=document, positions=positions, sums=sums, **(fields | changes))  # type: ignore[arg-type]
+    return Measurement(domain=domain, document=document, **(fields | changes))  # type: ignore[arg-type]
 
 
 def _random(windows: int, seed: int = 3) -> Measurement:
@@ -82,7 +80,7 @@ def test_every_figure_is_a_sum_by_a_count() -> None:
 
 def test_without_a_rise_there_is_nothing_to_share() -> None:
     measured = _random(8)
-    measured.sums[:, TEACHER_LOSS] = measured.sums[:, LOSS]
+    measured.buckets[..., TEACHER_LOSS] = measured.buckets[..., LOSS]
     report = summarise(measured)["against"]
     assert report["perplexity_ratio"] == 1.0
     assert report["interval"] == [1.0, 1.0]  # paired: the same text, no difference, no doubt
@@ -155,35 +153,59 @@ def test_the_bootstrap_covers_what_it_claims() -> None:
     assert 0.85 <= inside / 150 <= 0.99
 
 
-def test_buckets_hold_every_position_once() -> None:
+def test_buckets_are_documents_of_their_own() -> None:
+    """The window counts in every bucket that it reaches, and intervals are over the documents that reach it."""
     random = _seeded()
-    by_position = random.uniform(1.0, 2.0, (3000, 6))
-    by_position[:, 5] = random.integers(1, 5, 3000)
-    measured = _measurement([0], [0], [10], np.ones((1, 5)), by_position=by_position)
+    buckets = random.uniform(1.0, 2.0, (30, 6, 6)) * 100
+    buckets[..., 5] = random.integers(1, 5, (30, 6))
+    buckets[20:, 4:] = 0  # ten windows are shorter
+    buckets[1:, 5] = 0  # one is longer than all others
+    document = np.arange(30) // 2
+    measured = _measurement(np.zeros(30), document, np.ones(30), np.ones((30, 5)), buckets=buckets)
     lengths = summarise(measured)["lengths"]
     assert list(lengths) == ["0-127", "128-255", "256-511", "512-1023", "1024-2047", "2048-4095"]
-    for name, figures in lengths.items():
-        low, high = map(int, name.split("-"))
-        part = by_position[low : high + 1].sum(axis=0)
+    assert [figures["documents"] for figures in lengths.values()] == [15, 15, 15, 15, 10, 1]
+    for number, figures in enumerate(lengths.values()):
+        part = buckets[:, number].sum(axis=0)
         assert figures["tokens"] == part[5]
         assert figures["loss"] == pytest.approx(part[LOSS] / part[5], rel=1e-12)
         assert figures["perplexity"] == pytest.approx(np.exp(part[LOSS] / part[5]), rel=1e-12)
         ratio = np.exp((part[LOSS] - part[TEACHER_LOSS]) / part[5])
         assert figures["perplexity_ratio"] == pytest.approx(ratio, rel=1e-12)
-    assert sum(figures["tokens"] for figures in lengths.values()) == by_position[:, 5].sum()
+        for value, interval in (("perplexity", "interval"), ("perplexity_ratio", "ratio_interval")):
+            low, high = figures[interval]
+            assert low < figures[value] < high if number < 5 else low == pytest.approx(figures[value])
+    chosen = buckets[:, 4].reshape(15, 2, 6).sum(axis=1)[:10]
+    rises = chosen[:, LOSS] - chosen[:, TEACHER_LOSS]
+    assert lengths["1024-2047"]["ratio_interval"] == pytest.approx(np.exp(bootstrap(rises, chosen[:, 5])))
+    whole = summarise(measured)
+    assert whole["tokens"] == sum(figures["tokens"] for figures in lengths.values())
 
 
-def test_positions_of_very_long_windows_are_in_a_bucket_too() -> None:
+def test_without_a_teacher_buckets_have_no_ratio() -> None:
+    report = summarise(_measurement([0], [0], [10], np.ones((1, 5)), has_teacher=False))
+    assert set(report["lengths"]["0-127"]) == {"tokens", "documents", "loss", "perplexity", "interval"}
+
+
+def test_there_is_a_bucket_for_every_context() -> None:
     """DeepSeek-V3 has a context of 163,840 tokens, others of a million."""
-    by_position = np.ones((1_000_000, 6))
-    measured = _measurement([0], [0], [10], np.ones((1, 5)), by_position=by_position, has_teacher=False)
-    lengths = summarise(measured)["lengths"]
-    assert sum(figures["tokens"] for figures in lengths.values()) == 1_000_000
-    assert "perplexity_ratio" not in lengths["0-127"]
+    assert EDGES[:5] == (0, 128, 256, 512, 1024)
+    assert all(high == 2 * low for low, high in itertools.pairwise(EDGES[1:]))
+    assert EDGES[-1] > 8_000_000
 
 
 def test_empty_buckets_are_left_out() -> None:
-    by_position = np.zeros((600, 6))
-    by_position[300] = 1.0
-    measured = _measurement([0], [0], [10], np.ones((1, 5)), by_position=by_position)
+    buckets = np.zeros((1, 4, 6))
+    buckets[0, 2] = 1.0
+    measured = _measurement([0], [0], [10], np.ones((1, 5)), buckets=buckets)
     assert list(summarise(measured)["lengths"]) == ["256-511"]
+
+
+@pytest.mark.parametrize("has_teacher", [False, True])
+@pytest.mark.parametrize(("length", "buckets"), [(8, 1), (129, 1), (130, 2), (512, 3), (513, 3), (514, 4)])
+def test_what_is_possible_is_what_comes(length: int, buckets: int, has_teacher: bool) -> None:
+    sums = _seeded().uniform(1, 2, (2, buckets, 6))
+    sums[..., 5] = 1
+    measured = _measurement([0, 1], [0, 0], [1, 1], np.ones((2, 5)), buckets=sums, has_teacher=has_teacher)
+    possible = possible_report(["d0", "d1"], length=length, has_teacher=has_teacher)
+    assert figures_of(possible).keys() == figures_of(summarise(measured)).keys()

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.families.factory import packed, quantised, save_checkpoint
+from tests.families.factory import save_checkpoint
+from tests.families.variants import packed, quantised, with_hub_names, with_mtp_layer
 
 Stock = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
-    """Return the folder of a checkpoint by name: a model type, "... fused", "... fp8" or "... mxfp4"."""
+    """Return the folder of a checkpoint by name: a model type alone, or one and the kind of checkpoint.
+
+    "fused": as transformers holds it; "fp8", "mxfp4": quantised; "mtp": with a layer for multi-token
+    prediction; "saved": as transformers saves it, where the hub's names are others.
+    """
     home = tmp_path_factory.mktemp("families")
 
     def folder_of(name: str) -> Path:
@@ -26,9 +31,12 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
                     quantised(folder_of(model_type), folder)
                 case "mxfp4":
                     packed(folder_of(f"{model_type} fused"), folder)
+                case "mtp":
+                    with_mtp_layer(folder_of(model_type), folder)
                 case _:
-                    fused = kind == "fused"
-                    save_checkpoint(folder, model_type, fused=fused, mtp=model_type == "deepseek_v3" and not fused)
+                    save_checkpoint(folder, model_type, fused=kind == "fused")
+                    if name == "deepseek_v4":
+                        with_hub_names(folder)
         return folder
 
     return folder_of

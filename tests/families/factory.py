@@ -135,7 +135,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 MODEL_TYPES = tuple(FAMILIES)
 
 
-_ROUTERS = re.compile(r"\.(gate|wg|router|router\.layer)\.(weight|bias)$|e_score_correction_bias$|expert_bias$")
+ROUTERS = re.compile(r"\.(gate|wg|router|router\.layer)\.(weight|bias)$|e_score_correction_bias$|expert_bias$")
 
 
 def stock_config(model_type: str, **overrides: Any) -> Any:
@@ -153,14 +153,12 @@ def random_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrained
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(stock_config(model_type, **overrides), dtype=torch.float32)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if re.search(
-                r"\.(gate|wg|router|router\.layer)\.(weight|bias)$|e_score_correction_bias$|expert_bias$", name
-            ):
+            if ROUTERS.search(name):
                 tensor.data.normal_(std=0.3)
             elif name.endswith("_proj_bias"):
                 tensor.data.normal_(std=0.1)
-            elif name.endswith("tid2eid"):  # two of experts 0 to 5: 6 and 7 are used by no token
-                tensor.data.copy_(torch.stack([torch.randperm(6)[:2] for _ in range(len(tensor))]))
+            elif name.endswith("tid2eid"):
+                tensor.data.copy_(torch.stack([torch.randperm(8)[:2] for _ in range(len(tensor))]))
     return model.eval()
 
 
@@ -170,29 +168,13 @@ def save_checkpoint(
     *,
     fused: bool = False,
     dtype: torch.dtype = torch.float32,
-    mtp: bool = False,
     seed: int = 0,
     **overrides: Any,
 ) -> Path:
-    """Save a random model as stock transformers does, in shards; with ``mtp`` one more layer behind the last."""
+    """Save a random model as stock transformers does, in shards."""
     model = random_model(model_type, seed, **overrides).to(dtype)
     model.save_pretrained(folder, save_original_format=not fused, max_shard_size="300KB")
-    if model_type == "deepseek_v4":
-        _rename(folder)
-    if mtp:
-        _add_mtp_layer(folder, model.config.num_hidden_layers)
     return folder
-
-
-def _rename(folder: Path) -> None:
-    """Give a DeepSeek-V4 checkpoint the hub's names; transformers 5.23 writes ``model.`` in front of most."""
-    tensors = {
-        name.removeprefix("model.").replace("embed_tokens.", "embed."): tensor
-        for name, tensor in load_tensors(folder).items()
-    }
-    for path in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
-        path.unlink(missing_ok=True)
-    save_tensors(folder, config_of(folder), tensors)
 
 
 def save_tensors(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Path:
@@ -215,55 +197,3 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def config_of(folder: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return loaded
-
-
-def quantised(folder: Path, target: Path, *, block: int = 16) -> Path:
-    """Save ``folder`` again with its routed experts in FP8 and a scale per block, as DeepSeek-V3 is published."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_tensors(folder).items():
-        if ".experts." not in name:
-            tensors[name] = tensor
-            continue
-        tensors[name] = tensor.to(torch.float8_e4m3fn)
-        rows, columns = (-(-size // block) for size in tensor.shape)
-        tensors[name.replace(".weight", ".weight_scale_inv")] = torch.rand(rows, columns)
-    quantisation = {"quant_method": "fp8", "weight_block_size": [block, block]}
-    return save_tensors(target, {**config_of(folder), "quantization_config": quantisation}, tensors)
-
-
-def packed(folder: Path, target: Path) -> Path:
-    """Save the fused checkpoint ``folder`` again with its experts in blocks and scales, as MXFP4 is stored."""
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_tensors(folder).items():
-        if ".experts." not in name:
-            tensors[name] = tensor
-            continue
-        experts, rows, columns = tensor.shape
-        for suffix, shape in (("_blocks", (columns // 32, 16)), ("_scales", (columns // 32,))):
-            stored = torch.randint(256, (experts, rows, *shape), dtype=torch.uint8, generator=generator)
-            tensors[name + suffix] = stored
-    return save_tensors(target, {**config_of(folder), "quantization_config": {"quant_method": "mxfp4"}}, tensors)
-
-
-def _add_mtp_layer(folder: Path, number: int) -> None:
-    """Write a layer for multi-token prediction into a shard of its own, named as DeepSeek-V3 names it."""
-    generator = torch.Generator().manual_seed(number)
-    last, prefix = f"model.layers.{number - 1}.", f"model.layers.{number}."
-    stored = load_tensors(folder)
-    hidden, vocabulary = stored["model.embed_tokens.weight"].shape[1], stored["model.embed_tokens.weight"].shape[0]
-    shapes = {
-        **{name.replace(last, prefix): tensor.shape for name, tensor in stored.items() if name.startswith(last)},
-        f"{prefix}enorm.weight": (hidden,),
-        f"{prefix}hnorm.weight": (hidden,),
-        f"{prefix}eh_proj.weight": (hidden, 2 * hidden),
-        f"{prefix}embed_tokens.weight": (vocabulary, hidden),
-        f"{prefix}shared_head.norm.weight": (hidden,),
-        f"{prefix}shared_head.head.weight": (vocabulary, hidden),
-    }
-    tensors = {name: torch.randn(tuple(shape), generator=generator) for name, shape in shapes.items()}
-    save_file(tensors, folder / "model-mtp.safetensors", {"format": "pt"})
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"] |= dict.fromkeys(tensors, "model-mtp.safetensors")
-    path.write_text(json.dumps(index))

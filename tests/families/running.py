@@ -108,9 +108,9 @@ def _softmax(row: list[float]) -> list[float]:
 
 @contextmanager
 def _masked(model: PreTrainedModel, dropped: Dropped, mode: _ExpertByExpert) -> Iterator[None]:
-    """Put -inf on the dropped experts' logits while their router runs.
+    """Push the dropped experts' logits out of reach while their router runs (sparsemixer divides by them: no -inf).
 
-    A sigmoid router chooses by score plus bias, and sigmoid(-inf) is 0, not -inf: there the bias is
+    A sigmoid router chooses by score plus bias, and the sigmoid is 0 at the least: there the bias is
     masked as well, else a dropped expert with a large bias would be chosen with weight 0.
     """
     hooks = []
@@ -118,7 +118,7 @@ def _masked(model: PreTrainedModel, dropped: Dropped, mode: _ExpertByExpert) -> 
     for layer, router in routers_of(model).items():
         gone = list(dropped.get(layer, ()))
         mask = torch.zeros(next(router.parameters()).shape[0])
-        mask[gone] = -math.inf
+        mask[gone] = -1e30
         if layer in biases:
             biases[layer].data[..., gone] = -math.inf
 

@@ -22,7 +22,7 @@ from moesurgeon.errors import OutputError
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.apply import apply
-from moesurgeon.surgery.exact import doubled, renumbered_ids
+from moesurgeon.surgery.exact import doubled
 from moesurgeon.surgery.plan import EditPlan, compose
 from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.shards import compiled, plan_shards
@@ -159,11 +159,9 @@ def test_other_new_bytes_are_another_command(finite: Subject, tmp_path: Path) ->
     assert hashes(tmp_path / "out") == hashes(tmp_path / "clean")
 
 
-def test_a_key_tells_functions_their_parameters_and_what_they_are_made_of(source: Subject) -> None:
+def test_a_key_tells_functions_and_cuts_apart(source: Subject) -> None:
     """Parts of parts too: a cut through something made anew is part of what it is called."""
-    spec = TensorSpec("ids", "I64", (4, 1))
-    keys = [renumbered_ids(spec, numbers).key for numbers in ({0: 0, 1: 1}, {0: 0, 2: 1}, {0: 1, 1: 0})]
-    assert len({*keys, doubled(TensorSpec("w", "F32", (4,))).key, doubled(TensorSpec("w", "BF16", (4,))).key}) == 5
+    assert doubled(TensorSpec("w", "F32", (4,))).key != doubled(TensorSpec("w", "BF16", (4,))).key
     first = _with_router(source, b"a")
     router = first.outputs[source.anatomy.router_weight(0)]
     digests = set()

@@ -29,6 +29,7 @@ from moesurgeon.surgery.layouts import LAYOUTS, plan_layout
 from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
 from tests.families.factory import save_checkpoint
+from tests.families.variants import with_mtp_layer
 from tests.fuzz.mutate import (
     BYTES,
     MUTATIONS,
@@ -74,7 +75,9 @@ def _victim(kind: str, folder: Path) -> Victim:
     if kind in ("per-expert", "fused", "fp8"):
         make_checkpoint(source, 40_000, layout=kind, shard_bytes=20_000, geometry=SMALL)
     else:
-        save_checkpoint(source, kind, num_hidden_layers=2, mtp=kind == "deepseek_v3")
+        save_checkpoint(source, kind, num_hidden_layers=2)
+        if kind == "deepseek_v3":
+            source = with_mtp_layer(source, folder / "extended")
     anatomy = open_subject(str(source)).anatomy
     kept = folder / "kept.json"
     half = [expert for expert in range(anatomy.experts) if expert % 4 < 2]  # as many from each routing group

@@ -129,7 +129,7 @@ def test_table(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(_recipe: object, stage: str, checkpoint: str, *_rest: object) -> dict[str, Any]:
+    def measured(_recipe: object, stage: str, checkpoint: str, *_rest: object, **_more: object) -> dict[str, Any]:
         return {"stage": stage, "checkpoint": checkpoint}
 
     monkeypatch.setattr(module, "_measured", measured)

@@ -93,9 +93,7 @@ def test_a_recipe_is_refused_before_anything_is_read(changes: dict[str, Any]) ->
         trace_specs(Text(traces=("builtin:logs",), **changes))
 
 
-@pytest.mark.parametrize(
-    ("length", "says"), [(64, "% of the tokens .* --length 64.* its context is 512"), (512, None)]
-)
+@pytest.mark.parametrize(("length", "says"), [(64, "% of the tokens .* --length 64.* its context is 512"), (512, None)])
 def test_documents_far_longer_than_a_window_are_noted(tiny_mixtral: Subject, length: int, says: str | None) -> None:
     text = Text(traces=("builtin:python",), max_tokens=4000, length=length)
     corpus = read_text(tiny_mixtral, text, builtin_split="report")

@@ -16,7 +16,8 @@ from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
-from tests.families.factory import packed, quantised, save_checkpoint, stock_config
+from tests.families.factory import save_checkpoint, stock_config
+from tests.families.variants import packed, quantised, with_mtp_layer
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", {}),
@@ -102,8 +103,9 @@ def test_flops_are_what_a_forward_pass_does(tmp_path: Path, model_type: str) -> 
 
 
 def test_layers_for_multi_token_prediction_are_in_the_total_only(tmp_path: Path) -> None:
-    plain = open_subject(str(save_checkpoint(tmp_path / "plain", "deepseek_v3"))).anatomy
-    more = open_subject(str(save_checkpoint(tmp_path / "mtp", "deepseek_v3", mtp=True))).anatomy
+    folder = save_checkpoint(tmp_path / "plain", "deepseek_v3")
+    plain = open_subject(str(folder)).anatomy
+    more = open_subject(str(with_mtp_layer(folder, tmp_path / "mtp"))).anatomy
     assert more.mtp_layers == (4,)
     without, with_mtp = count_parameters(plain), count_parameters(more)
     assert with_mtp.active == without.active

@@ -1,0 +1,5 @@
+"""The small checkpoints of all families, for the laws as well."""
+
+from tests.families.conftest import stock
+
+__all__ = ["stock"]
