@@ -80,6 +80,8 @@ def test_light_commands_load_no_heavy_package(tmp_path: Path, profiles: dict[str
         ["prune", name, tmp_path / "pruned", "--profile", profiles[name], "--keep", "6"],
         ["prune", name, tmp_path / "other", "--profile", profiles[name], "--keep", "6", "--dry-run", "--json"],
         ["verify", tmp_path / "pruned", "--source", name],
+        ["profile", "show", profiles[name], "--json"],
+        ["profile", "diff", profiles[name], profiles[name], "--json"],
     ]
     script = (
         "import sys\n"

@@ -192,9 +192,9 @@ def test_rows_are_exchanged_a_few_at_a_time(
 
 def test_several_processes_write_the_same_bytes(clean: list[bytes], tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "moesurgeon", "profile", CHECKPOINT, "-o", str(tmp_path / "profile"), "--max-tokens", "640",
-        "--length", "64", "--device", "cpu", "--dtype", "float32", "--inner", "100", "--inner-experts", "8", "--json",
-        *(part for trace in TRACES for part in ("-t", trace)),
+        sys.executable, "-m", "moesurgeon", "profile", CHECKPOINT, "-o", str(tmp_path / "profile"),
+        "--max-tokens", "640", "--length", "64", "--device", "cpu", "--dtype", "float32", "--inner", "100",
+        "--inner-experts", "8", "--json", *(part for trace in TRACES for part in ("-t", trace)),
     ]  # fmt: skip
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -22,7 +22,7 @@ from moesurgeon.profiling.statistics import Statistics
 SHAPE = Shape(layers=(1, 3), tokens=5, kept=3, experts=4, has_bias=True)
 RULE = {"scoring": "softmax"}
 ORIGIN = Origin(
-    fingerprint="f" * 64, family="mixtral", splits={}, trace_hashes={}, length=8, placement="cpu float32", transformers="5"
+    fingerprint="f" * 64, family="mixtral", splits={}, trace_hashes={}, length=8, placement="cpu", transformers="5"
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from tests.engine.small import batches_for, corpus_of, random_windows, running, 
 
 CPU = Placement(torch.device("cpu"), torch.float32)
 ORIGIN = Origin(
-    fingerprint="f" * 64, family="mixtral", splits={}, trace_hashes={}, length=8, placement="cpu float32", transformers="5"
+    fingerprint="f" * 64, family="mixtral", splits={}, trace_hashes={}, length=8, placement="cpu", transformers="5"
 )  # fmt: skip
 FACTS: dict[str, Any] = {
     "device": "cpu, 1 threads",
