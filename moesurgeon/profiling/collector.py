@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,26 +35,25 @@ from moesurgeon.profiling.statistics import (
 from moesurgeon.surgery.anatomy import Anatomy
 
 _NAMES = (*PER_EXPERT, PEAK)
+_AT_ONCE = 1 << 17  # scores: half a megabyte
+_REPLAYED = 256  # tokens
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Of a batch: ``rows`` [N], where its text is; ``cells`` [N], window x P + bucket of each; ``tokens`` [W, P]."""
+    """Of a batch: ``rows`` [N], where its text is; ``cells`` [N], window x P + bucket of each."""
 
     rows: torch.Tensor
     cells: torch.Tensor
-    tokens: Array
 
     @classmethod
-    def of(cls, batch: Batch) -> Cells:
+    def of(cls, batch: Batch, buckets: int) -> Cells:
         windows, length = batch.tokens.shape
         edges = torch.tensor(POSITIONS[1:], device=batch.tokens.device)
-        buckets = torch.bucketize(torch.arange(length, device=batch.tokens.device), edges, right=True)
-        everything = torch.arange(windows, device=batch.tokens.device)[:, None] * len(POSITIONS) + buckets
+        bucket = torch.bucketize(torch.arange(length, device=batch.tokens.device), edges, right=True)
+        everything = torch.arange(windows, device=batch.tokens.device)[:, None] * buckets + bucket
         rows = batch.is_text.flatten().nonzero().squeeze(-1)
-        cells = everything.flatten()[rows]
-        tokens = torch.bincount(cells, minlength=windows * len(POSITIONS)).double()
-        return cls(rows, cells, tokens.view(windows, -1).cpu().numpy())
+        return cls(rows, everything.flatten()[rows])
 
 
 class Collector:
@@ -67,7 +66,10 @@ class Collector:
         self._checked: set[int] = set()
         self._batches = batches
         self._windows = max(len(batch.windows) for batch in batches)
+        longest = max(batch.tokens.shape[1] for batch in batches)
+        self._buckets = sum(start < longest for start in POSITIONS)  # that there are positions for
         self._documents = Documents(domains, batches, anatomy.experts)
+        self._known: dict[int, Cells] = {}  # the same in every layer
         self._cells: Cells | None = None
         self._taken: Array = np.zeros(0)
         self._count_text()
@@ -75,13 +77,14 @@ class Collector:
     @property
     def width(self) -> int:
         """The length of a row."""
-        experts, cells = self.statistics.experts, self._windows * len(POSITIONS)
+        experts, cells = self.statistics.experts, self._windows * self._buckets
         per_cell = len(_NAMES) * experts + len(PER_LAYER)
         return cells * per_cell + 2 * BINS + self.statistics.top_k * experts + experts * experts
 
     def visitor(self, batch: Batch) -> Collector:
         """Return who looks at ``batch`` on its way through a layer."""
-        self._cells = Cells.of(batch)
+        cells = self._known.get(id(batch))
+        self._cells = self._known[id(batch)] = Cells.of(batch, self._buckets) if cells is None else cells
         return self
 
     def taken(self) -> Array:
@@ -93,20 +96,20 @@ class Collector:
         statistics, batch = self.statistics, self._batches[number]
         experts, windows = statistics.experts, len(batch.windows)
         domain, place = statistics.domains.index(batch.domain), statistics.layers.index(layer)
-        per_expert, row = _split(row, (self._windows, len(POSITIONS), len(_NAMES), experts))
-        per_layer, row = _split(row, (self._windows, len(POSITIONS), len(PER_LAYER)))
+        per_expert, row = _split(row, (self._windows, self._buckets, len(_NAMES), experts))
+        per_layer, row = _split(row, (self._windows, self._buckets, len(PER_LAYER)))
         bins, row = _split(row, (2, BINS))
         ranks, row = _split(row, (statistics.top_k, experts))
         together, row = _split(row, (experts, experts))
         per_expert = per_expert[:windows]
         for column, name in enumerate(_NAMES):
-            target = statistics.sums[name][domain, :, place]
+            target = statistics.sums[name][domain, : self._buckets, place]
             if name == PEAK:
                 np.maximum(target, per_expert[:, :, column].max(axis=0), out=target)
             else:
                 target += per_expert[:, :, column].sum(axis=0)
         for column, name in enumerate(PER_LAYER):
-            statistics.sums[name][domain, :, place] += per_layer[:windows, :, column].sum(axis=0)
+            statistics.sums[name][domain, : self._buckets, place] += per_layer[:windows, :, column].sum(axis=0)
         for name, counts in zip(("entropy_bins", "margin_bins"), bins, strict=True):
             statistics.sums[name][domain, place] += counts
         statistics.sums["ranks"][domain, place] += ranks
@@ -135,12 +138,13 @@ class Collector:
             self._checked.add(block.layer)
         assert self._cells is not None
         device, experts = seen.logits.device, self.statistics.experts
-        rows, cells = self._cells.rows.to(device), self._cells.cells.to(device)
-        count = self._windows * len(POSITIONS)
-        logits, indices = seen.logits[rows], seen.indices[rows]
-        weights, norms = seen.weights[rows].double(), seen.norms[rows].double()
-        scores = self._routing.scores(logits)
-        first = self._routing.choose(scores, selection_bias(block), 1).squeeze(-1)
+        rows, cells = self._cells.rows, self._cells.cells.to(device)
+        count = self._windows * self._buckets
+        logits, indices, weights, norms = seen.logits, seen.indices, seen.weights, seen.norms
+        if len(rows) < len(logits):  # there is padding
+            logits, indices, weights, norms = (each[rows.to(device)] for each in (logits, indices, weights, norms))
+        weights, norms = weights.double(), norms.double()
+        first, entropy, margin = router_figures(self._routing, logits, selection_bias(block))
         pull = weights * norms
         places = (cells[:, None] * experts + indices).flatten()
 
@@ -154,25 +158,22 @@ class Collector:
         columns.append(summed(cells * experts + first, torch.ones_like(pull[:, 0]), count * experts))
         columns.append(torch.zeros_like(columns[0]).scatter_reduce_(0, places, pull.flatten(), "amax"))
         per_expert = torch.stack(columns).view(len(_NAMES), count, experts).transpose(0, 1)
-        shares = (scores / scores.sum(-1, keepdim=True)).double()
-        entropy = torch.special.entr(shares).sum(-1)
-        best = scores.topk(min(2, experts), dim=-1).values.double()
-        margin = best[:, 0] - best[:, -1]
         per_layer = torch.stack([summed(cells, values, count) for values in (entropy, margin)], dim=-1)
         bins = [_binned(values) for values in (entropy / math.log(max(2, experts)), margin)]
-        # The gate's own order: rank 0 is the largest weight.
-        order = weights.argsort(dim=-1, descending=True, stable=True)
-        ranked = indices.gather(-1, order) + torch.arange(indices.shape[-1], device=device) * experts
-        ranks = torch.bincount(ranked.flatten(), minlength=indices.shape[-1] * experts).double()
-        pairs = (indices[:, :, None] * experts + indices[:, None, :]).flatten()
-        together = torch.bincount(pairs, minlength=experts * experts).double()
-        parts = [per_expert.flatten(), per_layer.flatten(), *bins, ranks, together]
+        # The gate's own order: rank 0 is the largest weight. Most gates have sorted them.
+        if (weights[:, 1:] > weights[:, :-1]).any():
+            indices = indices.gather(-1, weights.argsort(dim=-1, descending=True, stable=True))
+        ranks = torch.stack([torch.bincount(each, minlength=experts) for each in indices.unbind(-1)]).double()
+        together = _together(indices, experts)
+        parts = [per_expert.flatten(), per_layer.flatten(), *bins, ranks.flatten(), together.flatten()]
         self._taken = torch.cat(parts).cpu().numpy()
 
     def _count_text(self) -> None:
         sums = self.statistics.sums
         for batch in self._batches:
-            sums["seen"][self.statistics.domains.index(batch.domain)] += Cells.of(batch).tokens.sum(axis=0)
+            lengths = np.array([len(window.tokens) for window in batch.windows])
+            edges = np.clip(np.array((*POSITIONS, np.inf)), None, lengths[:, None])
+            sums["seen"][self.statistics.domains.index(batch.domain)] += np.diff(edges, axis=1).sum(axis=0)
         self._documents.count(self.statistics)
 
     def _check(self, block: MoeBlock, seen: Observation) -> None:
@@ -181,7 +182,7 @@ class Collector:
                 f"layer {block.layer}: the experts' output is not finite: the weights hold NaN or infinities, "
                 "or overflow in this --dtype; try float32"
             )
-        if not replays(block, seen):
+        if not replays(block, some_of(seen)):
             raise OutputError(
                 f"layer {block.layer}: replaying the recorded routing does not reproduce the block's output; "
                 f"moesurgeon's picture of {self._title}'s experts is wrong here, please report it"
@@ -191,6 +192,43 @@ class Collector:
                 f"layer {block.layer}: the weights are not what the {self._title} rule makes of the router's logits "
                 f"({self._routing}); please report it"
             )
+
+
+def router_figures(
+    routing: Routing, logits_NE: torch.Tensor, bias_E: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return for each token the expert that a top-1 gate would take [N], the entropy of its shares [N], its margin [N].
+
+    Shares are scores divided by their sum S, so H = log S - sum_i s_i log s_i / S. The margin is that between the
+    two highest scores. A few tokens at a time: memory that is new with every batch costs more than the arithmetic.
+    """
+    experts = logits_NE.shape[-1]
+    plain = bias_E is None and routing.groups == 1
+    firsts, figures = [], []
+    for logits in logits_NE.split(max(1, _AT_ONCE // experts)):
+        scores = routing.scores(logits)
+        best, at = scores.max(-1, keepdim=True)
+        firsts.append(at.squeeze(-1) if plain else routing.choose(scores, bias_E, 1).squeeze(-1))
+        total = scores.sum(-1)
+        entropy = total.log() - torch.special.xlogy(scores, scores).sum(-1) / total
+        second = scores.scatter(-1, at, -torch.inf).max(-1).values if experts > 1 else best.squeeze(-1)
+        figures.append(torch.stack([entropy.clamp(min=0.0), best.squeeze(-1) - second]))
+    entropy, margin = torch.cat(figures, dim=-1).double()
+    return torch.cat(firsts), entropy, margin
+
+
+def some_of(seen: Observation) -> Observation:
+    """Return the first token of every expert that has any, and every so many-th of all: enough to tell a mistake."""
+    flat = seen.indices.flatten()
+    first = torch.full((int(flat.max()) + 1,), len(flat), device=flat.device)
+    first.scatter_reduce_(0, flat, torch.arange(len(flat), device=flat.device), "amin")
+    rows = (first[first < len(flat)] // seen.indices.shape[-1]).unique()
+    every = torch.arange(0, len(seen.inputs), max(1, len(seen.inputs) // _REPLAYED), device=flat.device)
+    rows = torch.cat([rows, every])
+    return replace(
+        seen,
+        **{name: getattr(seen, name)[rows] for name in ("logits", "indices", "weights", "norms", "inputs", "output")},
+    )
 
 
 def follows_rule(routing: Routing, block: MoeBlock, seen: Observation) -> bool:
@@ -210,6 +248,17 @@ def follows_rule(routing: Routing, block: MoeBlock, seen: Observation) -> bool:
         torch.allclose(recorded.float(), expected, rtol=tolerance, atol=1e-6)
         for recorded, expected in ((chosen, best), (seen.weights, weights))
     )
+
+
+def _together(indices_NK: torch.Tensor, experts: int) -> torch.Tensor:
+    """Count the tokens that were given to both [E, E]; on the diagonal those that were given to one."""
+    columns = indices_NK.unbind(-1)
+    counted = torch.bincount(indices_NK.flatten(), minlength=experts).diag()
+    for place, one in enumerate(columns):
+        for other in columns[place + 1 :]:
+            pairs = torch.bincount(one * experts + other, minlength=experts * experts).view(experts, experts)
+            counted = counted + pairs + pairs.t()
+    return counted.double()
 
 
 def _binned(values: torch.Tensor) -> torch.Tensor:

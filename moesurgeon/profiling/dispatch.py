@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moesurgeon.profiling.statistics import BLOCK_ROWS, FACTORS, SIZES, Array, Statistics, capacity_of
+from moesurgeon.profiling.statistics import BLOCK_ROWS, FACTORS, SIZES, Array, Statistics, capacities_of
 
 
 def add_dispatches(statistics: Statistics, layer: int, tokens: Sequence[int], loads: tuple[Array, Array]) -> None:
@@ -19,18 +19,21 @@ def add_dispatches(statistics: Statistics, layer: int, tokens: Sequence[int], lo
     For each size, windows are put together until a dispatch has so many tokens; a rest of under half is left out,
     and so is a window of over twice as many, which would pass for a smaller dispatch than it is.
     """
+    both = np.stack(loads)  # [G, W, E]
     for size_number, size in enumerate(SIZES):
-        for start, stop in _groups(tokens, size):
-            for gate, by_window in enumerate(loads):
-                load = by_window[start:stop].sum(axis=0)
-                choices = float(load.sum())
-                blocks = float((np.ceil(load / BLOCK_ROWS) * BLOCK_ROWS).sum())
-                statistics.sums["dispatch"][layer, size_number, gate] += (1.0, float(load.max()), blocks, choices)
-                for number, factor in enumerate(FACTORS):
-                    places = capacity_of(int(choices), statistics.experts, factor)
-                    dropped = float(np.maximum(load - places, 0.0).sum())
-                    total = (choices, dropped, float(places * statistics.experts))
-                    statistics.sums["capacity"][layer, size_number, number, gate] += total
+        groups = list(_groups(tokens, size))
+        if not groups:
+            continue
+        load = np.stack([both[:, start:stop].sum(axis=1) for start, stop in groups])  # [dispatches, G, E]
+        choices = load.sum(axis=-1)
+        blocks = (np.ceil(load / BLOCK_ROWS) * BLOCK_ROWS).sum(axis=-1)
+        columns = (np.ones_like(choices), load.max(axis=-1), blocks, choices)
+        statistics.sums["dispatch"][layer, size_number] += np.stack(columns, axis=-1).sum(axis=0)
+        for number, factor in enumerate(FACTORS):
+            places = capacities_of(choices, statistics.experts, factor)
+            dropped = np.maximum(load - places[..., None], 0.0).sum(axis=-1)
+            totals = np.stack((choices, dropped, places * statistics.experts), axis=-1).sum(axis=0)
+            statistics.sums["capacity"][layer, size_number, number] += totals
 
 
 def _groups(tokens: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,6 @@ weighting.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -211,6 +210,10 @@ def gini(share: Array) -> Array:
     return result
 
 
-def capacity_of(tokens: int, experts: int, factor: float) -> int:
-    """Return the places of an expert for ``tokens`` choices (DeepSpeed: at least 4)."""
-    return max(math.ceil(tokens / experts * factor), 4)
+def capacities_of(choices: Array, experts: int, factor: float) -> Array:
+    """Return the places of an expert for so many ``choices`` (DeepSpeed: at least 4).
+
+    >>> capacities_of(np.array([8.0, 100.0]), 8, 1.25).tolist()
+    [4.0, 16.0]
+    """
+    return np.maximum(np.ceil(choices / experts * factor), 4.0)

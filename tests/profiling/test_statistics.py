@@ -9,7 +9,7 @@ from moesurgeon.profiling.statistics import (
     PEAK,
     PER_EXPERT,
     Statistics,
-    capacity_of,
+    capacities_of,
     gini,
     normalised_entropy,
     shapes_of,
@@ -111,7 +111,8 @@ def test_gini_and_variation_are_those_of_their_definitions(counts: list[int]) ->
 
 
 def test_capacity_is_deepspeed_s() -> None:
-    assert [capacity_of(*case) for case in ((1024, 8, 1.0), (1000, 16, 1.25), (10, 8, 1.0))] == [128, 79, 4]
+    cases = ((1024, 8, 1.0), (1000, 16, 1.25), (10, 8, 1.0))
+    assert [float(capacities_of(np.array(choices), *rest)) for choices, *rest in cases] == [128, 79, 4]
 
 
 def test_a_server_s_counts_are_told_from_a_profile() -> None:
