@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moesurgeon.errors import InputError
+from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.options import Running, Text
-from moesurgeon.pipeline.prune import PruneSpec
 from moesurgeon.pipeline.recipe import Recipe, RecoverStep, read_recipe
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.train import Schedule
