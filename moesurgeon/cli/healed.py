@@ -26,22 +26,21 @@ def heal_spec(
 
 def show_healing(report: Report) -> None:
     """Print what healing did, layer by layer and to the held-out loss."""
-    healing: Any = report.get("healing")
+    healing: Any = report.get("healed")
     if not healing:
         return
     if "planned" in healing:
         plan = healing["planned"]
         print(f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens")
         return
-    for layer in healing["layers"]:
+    for layer in report["healing"]:
         steps = ", ".join(
             f"{step['step']} {step['error']:.4f}{'' if step['kept'] else ' (left)'}" for step in layer["steps"]
         )
         print(f"  layer {layer['layer']}: error {layer['error']:.4f} -> {layer['healed_error']:.4f} ({steps})")
-    loss = healing["heldout"]
-    closed = f", {healing['gap_closed']:.0%} of the gap" if healing["gap_closed"] is not None else ""
-    print(
-        f"  held-out loss {loss['teacher']:.4f} before the cut, {loss['bare']:.4f} bare, {loss['healed']:.4f}{closed}"
-    )
-    if not healing["kept"] and healing["method"] != "none":
+    loss, closed = healing["heldout"], healing["gap_closed"]
+    after = "" if healing["method"] == "none" else f", {loss['healed']:.4f} healed"
+    share = f" ({closed:.0%} of the gap closed)" if after and closed is not None else ""
+    print(f"  held-out loss {loss['teacher']:.4f} before the cut, {loss['bare']:.4f} bare{after}{share}")
+    if after and not healing["kept"]:
         print("  healing did not lower the held-out loss and was left out")

@@ -17,6 +17,10 @@ class Room:
         self._folder = folder
         self._kept = 0
 
+    @property
+    def is_in_memory(self) -> bool:
+        return self._folder is None
+
     def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return memory on ``device``, or in the file ``name``, which what had that name before gives up."""
         if self._folder is None:

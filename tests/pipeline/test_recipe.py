@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from moesurgeon.errors import InputError
+from moesurgeon.healing.pace import Pace
 from moesurgeon.pipeline.choice import PruneSpec
-from moesurgeon.pipeline.options import Running, Text
-from moesurgeon.pipeline.recipe import Recipe, RecoverStep, read_recipe
+from moesurgeon.pipeline.options import HealSpec, Running, Text
+from moesurgeon.pipeline.recipe import Recipe, RecoverStep, RetopStep, read_recipe
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.train import Schedule
 from moesurgeon.surgery.retop import RetopSpec
@@ -32,9 +33,9 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
         running: {device: cpu, dtype: float32}
         report_tokens: 2000
         steps:
-          - retop: {top_k: 2}
+          - retop: {top_k: 2, heal: {method: ridge, traces: [heal.txt], max_tokens: 900, length: 64, teacher: t}}
           - profile: {max_tokens: 3000}
-          - prune: {keep: 6, criterion: ean, seed: 3}
+          - prune: {keep: 6, criterion: ean, seed: 3, heal: {heldout_tokens: 800, pace: {steps: 9, router: true}}}
           - prune: {keep_experts: kept.json}
           - recover:
               losses: {objective: lm, balance: 0.5, temperature: 2.0}
@@ -49,8 +50,12 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
     assert recipe.running == Running(device="cpu", dtype="float32")
     assert recipe.report_tokens == 2000
     assert [step.name for step in recipe.steps] == ["retop", "profile", "prune", "prune", "recover"]
-    assert recipe.steps[0].retop == RetopSpec(top_k=2)
-    assert recipe.steps[2].prune == PruneSpec(keep=6, criterion="ean", seed=3)
+    assert recipe.steps[0].retop is not None and recipe.steps[0].retop.spec == RetopSpec(top_k=2)
+    heal = HealSpec(traces=("heal.txt",), method="ridge", teacher="t", max_tokens=900, length=64)
+    assert recipe.steps[0].heal == heal
+    distill = HealSpec(heldout_tokens=800, pace=Pace(steps=9, router=True))
+    assert recipe.steps[2].prune == PruneSpec(keep=6, criterion="ean", seed=3, heal=distill)
+    assert recipe.steps[2].heal == distill and [step.heal for step in recipe.steps[3:]] == [None, None]
     assert recipe.steps[3].prune == PruneSpec(keep_experts=Path("kept.json"))
     recover = recipe.steps[4].recover
     assert recover is not None
@@ -66,7 +71,8 @@ def test_nothing_said_is_the_defaults(tmp_path: Path) -> None:
     empty = _read(tmp_path, "checkpoint: c\nsteps: [{retop: {}}, {profile: {}}, {recover: {}}]")
     assert bare == empty
     assert bare.text == Text() and bare.running == Running()
-    assert bare.steps[0].retop == RetopSpec() and bare.steps[2].recover == RecoverStep()
+    assert bare.steps[0].retop == RetopStep() and RetopStep().spec == RetopSpec()
+    assert bare.steps[2].recover == RecoverStep()
 
 
 def test_a_recipe_does_not_change(tmp_path: Path) -> None:
@@ -99,6 +105,20 @@ def test_prune_has_a_profile_of_what_it_cuts(steps: str, is_fine: bool, tmp_path
 def test_error_names_the_file_and_the_place(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"recipe\.yaml: steps\.1\.recover\.schedule\.stepz: there is no such key"):
         _read(tmp_path, "checkpoint: c\nsteps: [{retop: {}}, {recover: {schedule: {stepz: 1}}}]")
+
+
+@pytest.mark.parametrize(
+    ("heal", "says"),
+    [
+        ("{method: magic}", r"steps\.0\.retop\.heal\.method: input should be 'none', 'scale', 'ridge' or 'distill'"),
+        ("{pace: {steps: 0}}", r"steps\.0\.retop\.heal\.pace\.steps: "),
+        ("{max_tokens: 7}", r"steps\.0\.retop\.heal\.max_tokens: "),
+        ("{step: 7}", r"steps\.0\.retop\.heal\.step: there is no such key"),
+    ],
+)
+def test_healing_that_cannot_be(heal: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=says):
+        _read(tmp_path, f"checkpoint: c\nsteps: [{{retop: {{heal: {heal}}}}}]")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -13,6 +13,7 @@ from moesurgeon.cli.run import _show as show
 from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.pipeline import run as module
 from moesurgeon.pipeline.inspect import inspect
+from moesurgeon.pipeline.options import HealSpec
 from moesurgeon.pipeline.run import RunOutput, run
 from moesurgeon.pipeline.verify import verify
 from moesurgeon.profiling.artefact import load_profile
@@ -23,7 +24,7 @@ checkpoint: {checkpoint}
 text: {{traces: ['builtin:arithmetic', 'js=builtin:json'], length: 64}}
 report_tokens: 512
 steps:
-  - retop:
+  - retop: {{heal: {{method: ridge, max_tokens: 2048, heldout_tokens: 1024}}}}
   - profile: {{max_tokens: 512}}
   - prune: {{ratio: 0.25}}
   - recover:
@@ -80,6 +81,7 @@ def test_figures_are_those_of_the_stages(done: Done) -> None:
     assert retop["flops_per_token"] < original["flops_per_token"]
     assert prune["bytes"] < retop["bytes"] == original["bytes"] and prune["bytes"] == recover["bytes"]
     assert original["perplexity_ratio"] == 1.0
+    assert original["gap_closed"] is prune["gap_closed"] is None and 0 < retop["gap_closed"] < 1
     for stage in (retop, prune, recover):
         assert stage["perplexity_ratio"] == pytest.approx(stage["perplexity"] / original["perplexity"])
 
@@ -98,7 +100,7 @@ def test_checkpoint(done: Done) -> None:
     assert Path(done.report["checkpoint"]) == done.folder / "checkpoint"
     report = verify(done.report["checkpoint"], done.checkpoint)
     operations = [operation["operation"] for step in report["history"] for operation in step]
-    assert operations[:2] == ["retop", "prune"] and operations[2:] in (["recover"], [])
+    assert operations[:3] == ["retop", "heal", "prune"] and operations[3:] in (["recover"], [])
     assert report["tensors_dropped"] > 0
     facts = inspect(done.report["checkpoint"])
     assert facts["problems"] == []
@@ -121,6 +123,7 @@ def test_table(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
         cells = [cell for cell in rows[row] if cell.strip()]
         assert len(cells) == len(STAGES), (row, cells)
     assert any(all(stage in line for stage in STAGES) for line in lines)
+    assert any(line.startswith("retop closed ") and "% of the loss gap to the original" in line for line in lines)
     assert lines[-1].startswith(f"checkpoint: {done.folder / 'checkpoint'}; figures: {done.folder / 'figures.json'}")
 
 
@@ -203,6 +206,24 @@ def test_impossible_recipe_does_not_touch_an_earlier_run(recipe: Path, out: Path
     with pytest.raises(UsageError, match="between 1 and"):
         run(recipe, RunOutput(output=out, overwrite=True))
     assert (out / "figures.json").exists() and not out.with_name("out.previous").exists()
+
+
+@pytest.mark.usefixtures("cheap")
+def test_healing_has_the_recipe_s_text_and_teacher(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[HealSpec] = []
+    monkeypatch.setattr(module, "retop", lambda *_given, heal, running: seen.append(heal))
+    monkeypatch.setattr(module, "prune", lambda _source, spec, *_given: seen.append(spec.heal))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"checkpoint: {BUILTIN[0]}\ntext: {{traces: [js=builtin:json], length: 64}}\nsteps:\n"
+        "  - retop: {heal: {}}\n"
+        "  - prune: {keep_experts: k, heal: {traces: [builtin:logs], length: 32, teacher: other}}\n"
+    )
+    run(path, RunOutput(output=out))
+    assert seen == [
+        HealSpec(traces=("js=builtin:json",), length=64, teacher=BUILTIN[0]),
+        HealSpec(traces=("builtin:logs",), length=32, teacher="other"),
+    ]
 
 
 @pytest.mark.usefixtures("cheap")

@@ -1,0 +1,127 @@
+"""``prune --heal`` and ``retop --calibrate``: what is printed, planned, refused, and left behind when stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moesurgeon.errors import EXIT_INTERRUPTED
+from tests.cli.invoke import contents, refused, succeeded
+from tests.cli.test_interrupt import _interrupt as interrupt
+from tests.conftest import BUILTIN
+
+MIXTRAL = "builtin:tiny-mixtral"
+LITTLE = ("--heal-tokens", "2048", "--heal-steps", "3")
+LAYER = re.compile(
+    r"  layer \d: error 0\.\d{4} -> 0\.\d{4} \(ridge 0\.\d{4}( \(left\))?(, distill 0\.\d{4}( \(left\))?)?\)"
+)
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_prune(name: str, out: Path, profiles: dict[str, Path]) -> None:
+    heal = ("--heal", "builtin:json", "--heal", "l=builtin:logs", *LITTLE)
+    arguments = ("prune", name, out, "--profile", profiles[name], "--ratio", "0.25", *heal)
+    planned = succeeded(*arguments, "--dry-run", "--json").json
+    assert planned["healed"]["planned"]["traces"] == ["builtin:json", "l=builtin:logs"]
+    assert planned["healed"]["planned"]["pace"]["steps"] == 3
+    shown = succeeded(*arguments, "--dry-run").out
+    assert "would heal on builtin:json, l=builtin:logs by distill, 2,048 tokens" in shown
+    assert contents(out.parent) == {}
+    written = succeeded(*arguments, "--json").json
+    healing = written["healed"]
+    assert set(healing["traces"]) == set(healing["heldout_traces"]) == {"json", "l"}
+    assert healing["traces"] != healing["heldout_traces"]
+    assert healing["kept"] and healing["tokens"] == 2048 and healing["heldout_tokens"] > 0
+    assert [step["step"] for step in written["healing"][0]["steps"]] == ["ridge", "distill"]
+    report = succeeded("verify", out, "--source", name, "--json").json
+    assert [step["operation"] for step in report["history"][0]] == ["prune", "heal"]
+    assert "heal" in succeeded("verify", out).out
+
+
+def test_retop(out: Path) -> None:
+    arguments = ("retop", MIXTRAL, out, "--calibrate", "builtin:json", *LITTLE)
+    shown = succeeded(*arguments).out
+    assert len([line for line in shown.splitlines() if LAYER.fullmatch(line)]) == 4, shown
+    assert re.search(
+        r"held-out loss \d\.\d{4} before the cut, \d\.\d{4} bare, \d\.\d{4} healed \(\d+% of the gap closed\)", shown
+    )
+    assert "replace" in shown
+
+
+def test_none_and_nothing_to_heal(out: Path) -> None:
+    shown = succeeded("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--heal-method", "none", *LITTLE).out
+    assert "bare" in shown and "replace" not in shown and "left out" not in shown and "of the gap" not in shown
+    copied = succeeded(
+        "retop", MIXTRAL, out, "--top-k", "2", "--calibrate", "builtin:json", "--allow-noop", "--overwrite"
+    )
+    assert "held-out" not in copied.out and "would heal" not in copied.out
+
+
+def test_a_teacher_can_be_named(out: Path, top1: dict[str, Path], tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text(str({str(layer): [0, 1, 2, 3, 4, 5] for layer in range(4)}).replace("'", '"'))
+    heal = ("--heal", "builtin:json", "--heal-method", "scale", "--heal-teacher", MIXTRAL, *LITTLE)
+    succeeded("prune", top1[MIXTRAL], out, "--keep-experts", kept, *heal)
+    record = succeeded("verify", out, "--source", MIXTRAL, "--json").json
+    assert [step["operation"] for steps in record["history"] for step in steps] == ["retop", "prune", "heal"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--calibrate", "nowhere.jsonl"), 3, "nowhere.jsonl"),
+        (("--calibrate", "builtin:nothing"), 2, "'nothing'"),
+        (("--calibrate", "builtin:json", "--heal-method", "magic"), 2, "magic"),
+        (("--calibrate", "builtin:json", "--heal-tokens", "7"), 2, "--heal-tokens"),
+        (("--calibrate", "builtin:json", "--heal-steps", "0"), 2, "--heal-steps"),
+        (("--calibrate", "builtin:json", "--heal-teacher", "nowhere"), 3, "nowhere"),
+        (("--calibrate", "builtin:json", "--dtype", "int8"), 2, "int8"),
+        (("--calibrate", "builtin:json", "--max-memory", "1MB"), 2, "--heal-method ridge takes"),
+        (("--calibrate", "builtin:json", "--layout", "qwen2-moe"), 2, "not for Mixtral"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: tuple[str, ...], code: int, says: str, out: Path) -> None:
+    refused(code, "retop", MIXTRAL, out, *options, says=(says,))
+    assert contents(out.parent) == {}
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_it_heals(
+    sign: signal.Signals, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    heal = ("--calibrate", "builtin:json", "--heal-tokens", "1024", "--heal-steps", "1000000")
+    code, said, err = interrupt(("retop", MIXTRAL, out, *heal), b"healing", sign)
+    assert said == b"" and b"Traceback" not in err
+    assert code == (EXIT_INTERRUPTED if sign == signal.SIGINT else -sign)
+    assert contents(tmp_path) == {}
+
+
+def test_killed_with_states_in_files(out: Path, tmp_path: Path) -> None:
+    """What is left is in TMPDIR alone."""
+    script = (
+        "from moesurgeon.pipeline import heal\n"
+        "heal.share_out = lambda *given, **more: False\n"
+        "from moesurgeon.cli import main\n"
+        "main()\n"
+    )
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    arguments = ("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--heal-tokens", "1024", "--heal-steps", "10000")
+    environment = {**os.environ, "TMPDIR": str(spare), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    running = subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=environment)
+    deadline = time.monotonic() + 90
+    while not list(spare.rglob("heldout.target")) and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.05)
+    assert running.poll() is None
+    running.kill()
+    running.wait()
+    assert list(spare.rglob("*.hidden")) and not out.exists()
+    assert list(tmp_path.iterdir()) == [spare]
