@@ -4,21 +4,52 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 import moesurgeon
-from moesurgeon.cli import evaluate, harness, inspect, profile, prune, recover, retop, run, verify
+from moesurgeon.cli import (
+    evaluate,
+    harness,
+    inspect,
+    profile,
+    profile_diff,
+    profile_import,
+    profile_merge,
+    profile_show,
+    prune,
+    recover,
+    retop,
+    run,
+    verify,
+)
+
+_COMMANDS = (
+    inspect, retop, profile, profile_show, profile_merge, profile_diff, profile_import, prune, recover, evaluate,
+    harness, verify, run,
+)  # fmt: skip
+
+
+class TwoWords(TyperGroup):
+    """Commands of one word or of two: ``profile CKPT`` and ``profile show FOLDER``; the two words win."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two = " ".join(args[:2])
+        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
+
 
 app = typer.Typer(
     name="moesurgeon",
+    cls=TwoWords,
     help="Surgery on Mixture-of-Experts checkpoints on disk.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # rich is slow to import and --help has to be quick
     pretty_exceptions_enable=False,
 )
-for command in (inspect, retop, profile, prune, recover, evaluate, harness, verify, run):
+for command in _COMMANDS:
     app.command(command.NAME)(command.command)
 
 

@@ -40,6 +40,8 @@ def command(
     new_tokens: Annotated[int, typer.Option(min=8, help="Tokens to continue a prompt by, at most.")] = 64,
     split: options.SplitOption = None,
     max_tokens: options.MaxTokens = 65536,
+    budget: options.Budget = [],  # noqa: B006 - typer copies it
+    sample: options.Sample = None,
     length: options.Length = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -51,8 +53,16 @@ def command(
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate
         from moesurgeon.pipeline.options import Running, Text
+        from moesurgeon.traces.budgets import named_values
 
-        text = Text(traces=tuple(traces), split=split, max_tokens=max_tokens, length=length)
+        text = Text(
+            traces=tuple(traces),
+            split=split,
+            max_tokens=max_tokens,
+            length=length,
+            budgets=dict(named_values("--budget", budget)),
+            sample=sample,
+        )
         running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
         spec = EvaluateSpec(gates=tuple(gate), continuations=continuations, new_tokens=new_tokens)
         return evaluate(checkpoint, against, text, running, progress, spec)

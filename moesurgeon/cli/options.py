@@ -10,6 +10,10 @@ import typer
 Source = Annotated[
     str, typer.Argument(metavar="CKPT", help="A checkpoint folder, builtin:NAME or hf://org/name[@revision].")
 ]
+Profile = Annotated[Path, typer.Argument(metavar="PROFILE", help="The folder of a profile.")]
+Before = Annotated[Path, typer.Argument(metavar="BEFORE", help="The profile to compare with.")]
+After = Annotated[Path, typer.Argument(metavar="AFTER", help="The profile that may have changed.")]
+ProfileOutput = Annotated[Path, typer.Option("--output", "-o", help="The folder to write the profile to.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist or be empty.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")]
@@ -39,7 +43,29 @@ SplitOption = Annotated[
         help="Which part of the traces. Default: this command's of builtin traces; of yours all, or train to recover."
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(min=8, help="Tokens to read at most, for all traces together.")]
+MaxTokens = Annotated[
+    int, typer.Option(min=8, help="Tokens to read at most, for all traces without a --budget together.")
+]
+Budget = Annotated[
+    list[str],
+    typer.Option(metavar="NAME=TOKENS", help="Tokens to read of one trace at most, as code=200k. Repeat for more."),
+]
+Weight = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME=NUMBER",
+        help="What a token of one trace counts when experts are chosen by this profile, as chat=2. Repeat for more.",
+    ),
+]
+Sample = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=2**63 - 1,
+        metavar="SEED",
+        help="Take a uniform sample of all documents, which reads every trace to its end, rather than the first ones.",
+    ),
+]
 Length = Annotated[
     int | None,
     typer.Option(min=8, help="Tokens of a window. Default: 512, or the context if that is shorter."),

@@ -169,15 +169,15 @@ def facts(title: str, rows: list[tuple[str, str]]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-def table(headings: list[str], rows: list[list[str]], title: str | None = None) -> None:
-    """Print a table; the first column to the left, numbers to the right."""
+def table(headings: list[str], rows: list[list[str]], title: str | None = None, left: tuple[str, ...] = ()) -> None:
+    """Print a table; the first column and those named in ``left`` to the left, numbers to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, heading in enumerate(headings):
-        grid.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+        grid.add_column(heading, justify="left" if number == 0 or heading in left else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*row)
     if title:
@@ -185,3 +185,20 @@ def table(headings: list[str], rows: list[list[str]], title: str | None = None) 
     # Redirected output has no width of its own; a table must not be cut there.
     width = None if sys.stdout.isatty() else 10_000
     Console(width=width).print(grid)
+
+
+def bar(shares: list[float]) -> str:
+    """Return one block character per expert, full height for the busiest of the layer.
+
+    Of more than 64 experts neighbours share a character, which shows the busiest of them.
+    """
+    together = -(-len(shares) // 64)
+    shares = [max(shares[first : first + together]) for first in range(0, len(shares), together)]
+    blocks = "▁▂▃▄▅▆▇█"
+    top = max(shares) or 1.0
+    return "".join(blocks[min(7, int(share / top * 7.999))] if share else " " for share in shares)
+
+
+def between(bounds: list[float | None]) -> str:
+    """Return an interval of shares for people; a question mark where there are too few documents to tell."""
+    return "?" if bounds[0] is None or bounds[1] is None else f"{bounds[0]:.3%} - {bounds[1]:.3%}"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesurgeon.cli import options
-from moesurgeon.cli.output import Report, answer, table
+from moesurgeon.cli.output import Report, answer, bar, table
 from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.progress import Progress
 
@@ -21,6 +21,9 @@ def command(
     traces: options.Traces = ["builtin:all"],  # noqa: B006 - typer copies it
     split: options.SplitOption = None,
     max_tokens: options.MaxTokens = 65536,
+    budget: options.Budget = [],  # noqa: B006 - typer copies it
+    weight: options.Weight = [],  # noqa: B006 - typer copies it
+    sample: options.Sample = None,
     length: options.Length = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -29,20 +32,53 @@ def command(
         bool,
         typer.Option(help="Where layers are streamed: keep what a killed run needs to go on, beside the profile."),
     ] = True,
+    inner: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Also run all experts on so many tokens and keep inner products of their outputs: what any subset "
+            "or top-k costs follows from them. Size and time are said first.",
+        ),
+    ] = None,
+    inner_experts: Annotated[
+        int, typer.Option(min=1, metavar="M", help="With --inner: only each token's likeliest experts.")
+    ] = 64,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Also time one expert by its number of tokens, and the blocks.")
+    ] = False,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Count which experts the traces use, how much they weigh and how large their outputs are."""
+    """Count which experts the traces use, how much they weigh and how large their outputs are.
+
+    profile show, merge, diff and import work on what this writes; a checkpoint in a folder of such a name is ./show.
+    """
 
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.options import Running, Text
         from moesurgeon.pipeline.profile import ProfileOutput, profile
+        from moesurgeon.traces.budgets import named_values
 
-        text = Text(traces=tuple(traces), split=split, max_tokens=max_tokens, length=length)
-        running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
-        return profile(
-            checkpoint, ProfileOutput(output=output, overwrite=overwrite, resume=resume), text, running, progress
+        text = Text(
+            traces=tuple(traces),
+            split=split,
+            max_tokens=max_tokens,
+            length=length,
+            budgets=dict(named_values("--budget", budget)),
+            weights=dict(named_values("--weight", weight)),
+            sample=sample,
         )
+        running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
+        wanted = ProfileOutput(
+            output=output,
+            overwrite=overwrite,
+            resume=resume,
+            inner=inner,
+            inner_experts=inner_experts,
+            latency=latency,
+        )
+        return profile(checkpoint, wanted, text, running, progress)
 
     answer(json, work, _show)
 
@@ -62,16 +98,6 @@ def _show(report: Report) -> None:
         rows,
         f"{report['tokens']:,} tokens: {domains}",
     )
+    for note in report["notes"]:
+        print(f"note: {note}")
     print(f"wrote {report['path']}")
-
-
-def bar(shares: list[float]) -> str:
-    """Return one block character per expert, full height for the busiest of the layer.
-
-    Of more than 64 experts neighbours share a character, which shows the busiest of them.
-    """
-    together = -(-len(shares) // 64)
-    shares = [max(shares[first : first + together]) for first in range(0, len(shares), together)]
-    blocks = "▁▂▃▄▅▆▇█"
-    top = max(shares) or 1.0
-    return "".join(blocks[min(7, int(share / top * 7.999))] if share else " " for share in shares)

@@ -38,6 +38,8 @@ def command(
     split: options.SplitOption = None,
     max_tokens: options.MaxTokens = 65536,
     heldout_tokens: Annotated[int, typer.Option(min=64, help="Tokens of the validation split that judge.")] = 16384,
+    budget: options.Budget = [],  # noqa: B006 - typer copies it
+    sample: options.Sample = None,
     length: options.Length = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -56,6 +58,7 @@ def command(
         from moesurgeon.pipeline.recover import RecoverSpec, recover
         from moesurgeon.recovery.objective import Losses
         from moesurgeon.recovery.train import Schedule
+        from moesurgeon.traces.budgets import named_values
 
         schedule = Schedule(
             steps=steps,
@@ -72,7 +75,14 @@ def command(
             schedule=schedule,
             heldout_tokens=heldout_tokens,
         )
-        text = Text(traces=tuple(traces), split=split, max_tokens=max_tokens, length=length)
+        text = Text(
+            traces=tuple(traces),
+            split=split,
+            max_tokens=max_tokens,
+            length=length,
+            budgets=dict(named_values("--budget", budget)),
+            sample=sample,
+        )
         writing = Writing(
             output=output,
             layout=layout,

@@ -63,7 +63,8 @@ def _section(name: str, command: Any) -> Iterator[str]:
 
 def _option(option: Any, hints: dict[str, Any]) -> str:
     value = _value(option, hints)
-    names = ", ".join(sorted(option.opts, key=len))
+    # What switches off what is on by default has a name of its own.
+    names = " / ".join([", ".join(sorted(option.opts, key=len)), *option.secondary_opts])
     return f"`{names} {value}`" if value else f"`{names}`"
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moesurgeon.traces.windows import Corpus, Window, batches
+from moesurgeon.traces.batching import batches
+from moesurgeon.traces.windows import Corpus, Window
 
 
 @dataclass(frozen=True, slots=True)

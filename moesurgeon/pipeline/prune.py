@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from moesurgeon.checkpoint.open import CONFIG_NAME
-from moesurgeon.errors import InputError, NothingToDo, ProfileError, UsageError
-from moesurgeon.pipeline.options import HealSpec, Running, Writing
-from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.errors import InputError, NothingToDo, UsageError
+from moesurgeon.pipeline.choice import PruneSpec, choose
+from moesurgeon.pipeline.options import Running, Writing
+from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.write import finish_healed, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan
-from moesurgeon.surgery.prune import Kept, check_count, plan_prune, with_mtp_layers
-
-if TYPE_CHECKING:
-    from moesurgeon.profiling.artefact import Profile
-
-_KEPT = '{"LAYER": [expert, ...]}'
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneSpec:
-    """How many experts stay and by what they are chosen.
-
-    Either ``keep_experts`` (a file with the choice) or ``profile`` with ``keep`` (a count per layer)
-    or ``ratio`` (the share to remove). ``seed`` is for the random criterion. ``heal``: repair the layers on
-    text before writing.
-    """
-
-    profile: Path | None = None
-    keep: int | None = None
-    ratio: float | None = None
-    keep_experts: Path | None = None
-    criterion: str = "reap"
-    seed: int = 0
-    heal: HealSpec | None = None
+from moesurgeon.surgery.prune import Kept, plan_prune, with_mtp_layers
 
 
 def prune(
@@ -53,8 +29,10 @@ def prune(
     subject = open_subject(source)
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
-    chosen, how = _choice(subject, spec)
-    kept = with_mtp_layers(anatomy, chosen)
+    choice = choose(subject, spec, dry_run=writing.dry_run)
+    kept, how = with_mtp_layers(anatomy, choice.kept), choice.record
+    if spec.below is not None and writing.dry_run:
+        writing = replace(writing, allow_noop=True)  # asked for what is cold, that nothing is cold is an answer
     try:
         plan = plan_prune(anatomy, kept)
     except UsageError as error:
@@ -74,8 +52,13 @@ def prune(
         },
         "experts_before": anatomy.experts,
         "experts_after": after,
-        "warnings": [*_warnings(anatomy, chosen, after), *parallel_warnings(anatomy.experts, after)],
+        "warnings": [
+            *choice.warnings,
+            *_unmeasured(anatomy, choice.kept, after),
+            *parallel_warnings(anatomy.experts, after),
+        ],
         "stages": [],
+        **choice.evidence,
         **how,
         **finish_healed(plan, subject, spec.heal, running or Running(), writing, progress),
     }
@@ -84,7 +67,7 @@ def prune(
     return report
 
 
-def _warnings(anatomy: Anatomy, chosen: Kept, after: int) -> list[str]:
+def _unmeasured(anatomy: Anatomy, chosen: Kept, after: int) -> list[str]:
     """Say what was decided without being measured."""
     warnings = []
     followers = [layer for layer in anatomy.mtp_layers if layer not in chosen]
@@ -111,59 +94,3 @@ def _layers(numbers: list[int]) -> str:
     ('layer 4 chooses', 'layers 0, 1 choose')
     """
     return f"layer {numbers[0]} chooses" if len(numbers) == 1 else f"layers {', '.join(map(str, numbers))} choose"
-
-
-def _choice(subject: Subject, spec: PruneSpec) -> tuple[Kept, dict[str, Any]]:
-    """Return the experts that stay and, for the record, how they were chosen."""
-    anatomy = subject.anatomy
-    if spec.keep_experts is not None:
-        if (spec.profile, spec.keep, spec.ratio) != (None, None, None):
-            raise UsageError("--keep-experts already says what stays: leave out --profile, --keep and --ratio")
-        return _read_kept(spec.keep_experts), {"criterion": "keep-experts"}
-    if spec.profile is None:
-        raise UsageError("say what the choice is based on: give --profile (see moesurgeon profile) or --keep-experts")
-    # Here: a quarter of the time to start goes into numpy, which a choice that was made needs not.
-    from moesurgeon.profiling.artefact import load_profile
-    from moesurgeon.selection.choose import best, count_to_keep
-    from moesurgeon.selection.criteria import scores_of
-
-    count = count_to_keep(anatomy.experts, keep=spec.keep, ratio=spec.ratio)
-    check_count(anatomy, count)
-    profile = load_profile(spec.profile)
-    _check_profile(profile, subject, spec.profile)
-    scores = scores_of(profile.statistics, spec.criterion, spec.seed)
-    kept = best(scores, profile.statistics.layers, count, anatomy.groups[0])
-    how: dict[str, Any] = {"criterion": spec.criterion, "profile_traces": profile.origin.trace_hashes}
-    return kept, how | ({"seed": spec.seed} if spec.criterion == "random" else {})
-
-
-def _check_profile(profile: Profile, subject: Subject, path: Path) -> None:
-    statistics, anatomy = profile.statistics, subject.anatomy
-    if profile.origin.fingerprint == subject.fingerprint:
-        return
-    if (statistics.layers, statistics.experts) != (anatomy.moe_layers, anatomy.experts):
-        raise ProfileError(
-            f"{path} counts {statistics.experts} experts in layers {list(statistics.layers)}, {subject.name} has "
-            f"{anatomy.experts} in {list(anatomy.moe_layers)}; profile {subject.name} itself"
-        )
-    raise ProfileError(f"{path} was taken from another checkpoint than {subject.name}; profile {subject.name} itself")
-
-
-def _read_kept(path: Path) -> Kept:
-    """Read ``{"LAYER": [expert, ...]}`` with the source's numbering."""
-    try:
-        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
-        layers = [int(layer) for layer, _experts in pairs]
-        kept = {int(layer): tuple(experts) for layer, experts in pairs}
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a JSON file {_KEPT}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not of the form {_KEPT}: {str(error)[:200]}; correct it") from error
-    if not kept or not all(experts and all(type(item) is int for item in experts) for experts in kept.values()):
-        raise InputError(f"{path} must map each layer to a list of expert numbers that is not empty: {_KEPT}")
-    if len(layers) != len(kept):
-        raise InputError(f"{path} names a layer twice; list each once")
-    for layer, experts in kept.items():
-        if len(set(experts)) != len(experts):
-            raise InputError(f"{path}: layer {layer} lists an expert twice; list each that stays once")
-    return kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -65,7 +65,7 @@ def recover(
             f"--split {text.split} would train on the text that judges the result; use train or calibration"
         )
     corpus = read_text(subject, text, builtin_split="calibration", own_split="train")
-    heldout_text = replace(text, max_tokens=spec.heldout_tokens, split="validation")
+    heldout_text = text.even(max_tokens=spec.heldout_tokens, split="validation")
     heldout = read_text(subject, heldout_text, builtin_split="validation")
     if spec.losses.objective == "distill" and subject.fingerprint == teacher.fingerprint:
         raise UsageError(

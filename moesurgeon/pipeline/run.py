@@ -65,7 +65,7 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
         progress.note(f"step {number} of {len(recipe.steps)}: {step.name}")
         place = folder / "stages" / f"{number:02d}-{step.name}"
         if step.profile:
-            text = _text(recipe, "calibration", step.profile.max_tokens)
+            text = replace(recipe.text, split=recipe.text.split or "calibration", max_tokens=step.profile.max_tokens)
             profile(current, ProfileOutput(output=place), text, recipe.running, progress)
             taken = place
             _log(folder, {"stage": step.name, "profile": str(place.relative_to(folder))})
@@ -107,7 +107,10 @@ def _refuse_impossible(recipe: Recipe, output: RunOutput) -> None:
         if step.retop:
             anatomy = plan_retop(anatomy, step.retop.spec).result(anatomy)
         elif step.prune and step.prune.keep_experts is None:
-            count = count_to_keep(anatomy.experts, keep=step.prune.keep, ratio=step.prune.ratio)
+            asked = step.prune
+            count = count_to_keep(anatomy.experts, keep=asked.keep, ratio=asked.ratio, below=asked.below)
+            if count is None:  # how many go is for the profile to say, too
+                continue
             check_count(anatomy, count)
             # Which experts is for the profile to say; here any will do.
             scores = np.zeros((len(anatomy.moe_layers), anatomy.experts))
@@ -117,8 +120,8 @@ def _refuse_impossible(recipe: Recipe, output: RunOutput) -> None:
 
 
 def _text(recipe: Recipe, split: Split, max_tokens: int | None) -> Text:
-    """Return the recipe's text for one purpose: what calibrates is not what is reported on."""
-    return replace(recipe.text, split=recipe.text.split or split, max_tokens=max_tokens)
+    """Return the recipe's text to measure on: what calibrates is not what is reported on."""
+    return recipe.text.even(split=recipe.text.split or split, max_tokens=max_tokens)
 
 
 def _healing(recipe: Recipe, heal: HealSpec) -> HealSpec:

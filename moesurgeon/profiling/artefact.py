@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import moesurgeon
 from moesurgeon.checkpoint.header import read_header
 from moesurgeon.checkpoint.staging import staged
 from moesurgeon.errors import CheckpointError, ProfileError
-from moesurgeon.profiling.statistics import PEAK, PER_EXPERT, PER_LAYER, Statistics, normalised_entropy
+from moesurgeon.profiling.inner import Inner
+from moesurgeon.profiling.latency_facts import checked_latency, latency_summary
+from moesurgeon.profiling.statistics import Statistics, shapes_of
+from moesurgeon.profiling.summary import summary_of
 
-SCHEMA = 1
+SCHEMA = 2
 _SUMS = "stats.safetensors"
 FACTS = "profile.json"
 
@@ -31,35 +35,36 @@ class Origin:
     length: int
     placement: str
     transformers: str
+    weights: dict[str, float] = field(default_factory=dict)
+    """By domain, what its tokens count in decisions; one where it is not named. The sums are without them."""
+    sample: int | None = None
+    """The seed by which documents were sampled; None: the first ones were read."""
+    chat_template: str | None = None
+    """sha256 of the template that made text of chats; None where there was none, or no chat."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Statistics and where they are from."""
+    """Statistics and where they are from; ``inner`` and ``latency`` where they were asked for."""
 
     statistics: Statistics
     origin: Origin
+    inner: Inner | None = None
+    latency: Mapping[str, Any] | None = None
+
+    @property
+    def weighted(self) -> Statistics:
+        """The statistics with the weights of the domains: what every choice of experts is made on."""
+        return self.statistics.weighted(self.origin.weights)
 
     def summary(self) -> dict[str, Any]:
         """Return what ``profile --json`` reports: tokens, domains, and figures per layer."""
-        statistics = self.statistics
-        share = statistics.utilization()
-        tokens = float(statistics.seen.sum())
-        layers = {}
-        for row, layer in enumerate(statistics.layers):
-            layers[str(layer)] = {
-                "utilization": share[row].tolist(),
-                "entropy": float(normalised_entropy(share[row])),
-                "max_over_mean": float(share[row].max() * statistics.experts),
-                "gate_mass": (statistics.total("weight")[row] / max(tokens, 1)).tolist(),
-                "reap": _means(statistics.total("weighted_norm")[row], statistics.total("tokens")[row]),
-                "first_choice": (statistics.total("first_choice")[row] / max(tokens, 1)).tolist(),
-                "router_entropy": float(statistics.total("entropy")[row] / max(tokens, 1)),
-                "router_margin": float(statistics.total("margin")[row] / max(tokens, 1)),
-                "never_routed": np.flatnonzero(statistics.total("tokens")[row] == 0).tolist(),
-            }
-        domains = dict(zip(statistics.domains, map(int, statistics.seen), strict=True))
-        return {"tokens": int(tokens), "domains": domains, "layers": layers, **asdict(self.origin)}
+        report = {**summary_of(self.statistics), **asdict(self.origin)}
+        if self.inner:
+            report["inner"] = {"tokens": self.inner.shape.tokens, "experts": self.inner.shape.kept}
+        if self.latency:
+            report["latency"] = latency_summary(self.latency, self.statistics)
+        return report
 
 
 def save_profile(profile: Profile, folder: Path, *, overwrite: bool = False) -> None:
@@ -76,9 +81,15 @@ def save_profile(profile: Profile, folder: Path, *, overwrite: bool = False) -> 
         "experts": statistics.experts,
         "top_k": statistics.top_k,
     }
+    if profile.inner:
+        facts["inner"] = profile.inner.facts()
+    if profile.latency:
+        facts["latency"] = profile.latency
     with staged(folder, overwrite=overwrite) as staging:
-        save_file({"seen": statistics.seen, **statistics.sums}, staging / _SUMS)
+        save_file(statistics.sums, staging / _SUMS)
         (staging / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if profile.inner:
+            profile.inner.put_into(staging)
 
 
 def load_profile(folder: Path) -> Profile:
@@ -100,23 +111,23 @@ def load_profile(folder: Path) -> Profile:
             tuple(facts["layers"]),
             facts["experts"],
             facts["top_k"],
-            arrays.pop("seen"),
             arrays,
         )
-        profile = Profile(statistics, Origin(**facts["origin"]))
+        profile = Profile(
+            statistics,
+            Origin(**facts["origin"]),
+            Inner.of_profile(folder, facts),
+            checked_latency(facts.get("latency"), statistics.layers),
+        )
+        if not all(0 <= float(weight) < float("inf") for weight in profile.origin.weights.values()):
+            raise ValueError("weights")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
         raise ProfileError(
             f"{folder} is damaged ({type(error).__name__}); make it again with moesurgeon profile"
         ) from error
-    shape = (len(statistics.domains), len(statistics.layers), statistics.experts)
-    shapes = {"seen": shape[:1], **dict.fromkeys((*PER_EXPERT, PEAK), shape), **dict.fromkeys(PER_LAYER, shape[:2])}
-    for name, expected in shapes.items():
-        array = statistics.seen if name == "seen" else arrays.get(name)
-        if array is None or array.shape != expected or not np.isfinite(array).all():
+    expected = shapes_of(len(statistics.domains), len(statistics.layers), statistics.experts, statistics.top_k)
+    for name, shape in expected.items():
+        array = arrays.get(name)
+        if array is None or array.shape != shape or array.dtype != np.float64 or not np.isfinite(array).all():
             raise ProfileError(f"{folder} is damaged ({name}); make it again with moesurgeon profile")
     return profile
-
-
-def _means(sums: np.ndarray, counts: np.ndarray) -> list[float | None]:
-    """Divide, with None where there is nothing: never routed is not the same as zero."""
-    return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]

@@ -8,13 +8,18 @@ from moesurgeon.errors import UsageError
 from moesurgeon.profiling.statistics import Array
 
 
-def count_to_keep(experts: int, *, keep: int | None, ratio: float | None) -> int:
+def count_to_keep(experts: int, *, keep: int | None, ratio: float | None, below: float | None = None) -> int | None:
     """Return how many experts stay per layer, from a count or from the share to remove.
 
-    ``ratio`` rounds down what is removed, and refuses to round it to nothing.
+    ``ratio`` rounds down what is removed, and refuses to round it to nothing. None: ``below``, a share of the tokens,
+    is given instead, and the profile has to say.
     """
-    if (keep is None) == (ratio is None):
-        raise UsageError("say how many experts stay: give --keep N or --ratio R (one of them)")
+    if (keep, ratio, below).count(None) != 2:
+        raise UsageError("say how many experts stay: give --keep N, --ratio R or --below S (one of them)")
+    if below is not None:
+        if not 0 < below < 1:
+            raise UsageError(f"--below {below:g} is not between 0 and 1: it is a share of the tokens, such as 0.005")
+        return None
     if keep is not None:
         return keep
     assert ratio is not None

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moesurgeon.errors import UsageError
+from moesurgeon.errors import ProfileError, UsageError
 from moesurgeon.profiling.statistics import Array, Statistics
 
 
@@ -49,6 +49,8 @@ CRITERIA: dict[str, Callable[[Statistics, int], Array]] = {
     "traffic-reap": _sum("weighted_norm"),
     "random": _random,
 }
+COUNTING = ("frequency", "random")
+"""Criteria that need no more than how many tokens each expert was given."""
 
 
 def scores_of(statistics: Statistics, criterion: str, seed: int = 0) -> Array:
@@ -57,4 +59,9 @@ def scores_of(statistics: Statistics, criterion: str, seed: int = 0) -> Array:
         raise UsageError(f"--criterion {criterion} is not one of {', '.join(CRITERIA)}")
     if seed < 0:
         raise UsageError(f"--seed {seed} is negative; choose a number from 0 on")
+    if statistics.counts_only and criterion not in COUNTING:
+        raise ProfileError(
+            f"the profile holds a server's token counts only, which say nothing of {criterion}: choose by "
+            f"--criterion frequency, or profile the checkpoint with moesurgeon profile"
+        )
     return CRITERIA[criterion](statistics, seed)

@@ -26,10 +26,14 @@ _SHARES: tuple[tuple[Split, int], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text: ``key`` names it for good (a module path, a line number), ``text`` is not empty."""
+    """One text: ``key`` names it for good (a module path, a hash), ``text`` is not empty.
+
+    ``is_rendered``: a chat template wrote it, and with it the special tokens that the model wants.
+    """
 
     key: str
     text: str
+    is_rendered: bool = False
 
 
 def split_of(key: str) -> Split:

@@ -21,7 +21,7 @@ _LONGEST_LINE = 64 << 20  # bytes; a longer one is a JSON document rather than J
 _PARAGRAPHS = 4000  # characters of plain text after which the next blank line ends the document
 _NO_PARAGRAPHS = 16_000  # the same where no blank line comes; a line longer than this is cut
 _ROWS = 64  # per parquet or arrow batch: a row can be a whole book
-_BUFFER = 1 << 20  # bytes; without it pyarrow holds the column of a whole row group
+_BUFFER = 1 << 20  # bytes; without it, or with pre_buffer, pyarrow holds the column of a whole row group
 _ONE_PER_LINE = "write one object per line (an array: jq -c '.[]' in.json > out.jsonl)"
 
 Row = tuple[str, Any]  # ("chat.jsonl, line 7", the value of the column there)
@@ -89,7 +89,7 @@ def parquet(path: Path, column: str | None) -> Iterator[Row]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             column = _checked(str(path), column, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
                 for value in batch.column(0).to_pylist():
@@ -126,6 +126,28 @@ def saved_dataset(path: Path, column: str | None) -> Iterator[Row]:
         raise _damaged(f"{path}, after row {number}", "as a saved dataset", error) from error
 
 
+def arrow(path: Path, column: str | None) -> Iterator[Row]:
+    """Yield the rows of an arrow file, as ``datasets`` keeps them; it is mapped, not loaded."""
+    import pyarrow
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            try:
+                schema, batches = (stream := pyarrow.ipc.open_stream(file)).schema, iter(stream)
+            except pyarrow.ArrowInvalid:  # the other of the two forms
+                whole = pyarrow.ipc.open_file(file)
+                schema, batches = whole.schema, map(whole.get_batch, range(whole.num_record_batches))
+            column = _checked(str(path), column, schema.names)
+            for batch in batches:
+                for start in range(0, batch.num_rows, _ROWS):
+                    for value in batch.column(column).slice(start, _ROWS).to_pylist():
+                        number += 1
+                        yield f"{path}, row {number}", value
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise _damaged(f"{path}, after row {number}", "as arrow", error) from error
+
+
 READERS: dict[str, Reader] = {
     ".jsonl": json_lines,
     ".jsonl.gz": json_lines,
@@ -135,6 +157,7 @@ READERS: dict[str, Reader] = {
     ".txt.gz": plain_text,
     ".md": plain_text,
     ".parquet": parquet,
+    ".arrow": arrow,
 }
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from moesurgeon.errors import TraceError
 from moesurgeon.traces.builtin import BUILTIN_TRACES
 from moesurgeon.traces.documents import Document, Split, in_split
 from moesurgeon.traces.formats import READERS, reader_of
 from moesurgeon.traces.spec import TraceSpec
+from moesurgeon.traces.texts import Render, document_of
 
 _READABLE = f"a {', '.join(READERS)} file, a folder of them or one saved by datasets"
 
@@ -51,10 +51,11 @@ class Reading:
         return self._hash.hexdigest()
 
 
-def read_documents(spec: TraceSpec, split: Split) -> Iterator[Document]:
+def read_documents(spec: TraceSpec, split: Split, render: Render | None = None) -> Iterator[Document]:
     """Yield the documents of a trace that belong to ``split``, in the order of its files.
 
-    Empty texts are skipped. Raises TraceError, naming file and line, for whatever cannot be read.
+    ``render`` makes text of chats (``texts.document_of``). Empty texts are skipped.
+    Raises TraceError, naming file and line, for whatever cannot be read.
 
     >>> next(read_documents(TraceSpec(domain="sums", location="builtin:arithmetic"), "report")).key
     'arithmetic:5'
@@ -68,41 +69,11 @@ def read_documents(spec: TraceSpec, split: Split) -> Iterator[Document]:
             raise TraceError(f"{file}: not a kind of file that can be read: give {_READABLE}")
         for where, value in reader(file, spec.column):
             try:
-                text = text_of(value)
+                document = document_of(value, render)
             except ValueError as error:
-                raise TraceError(f"{where}: {error}: name a column of text, as in PATH:COLUMN") from error
-            if text.strip():
-                key = f"text:{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
-                if in_split(key, split):
-                    yield Document(key, text)
-
-
-def text_of(value: Any) -> str:
-    """Return the text of a column's value: a string, or a chat as lines of ``role: content``.
-
-    None is the empty text. Raises ValueError for anything else.
-
-    >>> text_of([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}])
-    'user: hi\\nassistant: hello'
-    """
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        # JSON can spell half a surrogate pair, which no tokenizer takes: U+FFFD, as decoders do.
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return "\n".join(map(_message_text, value))
-    raise ValueError(f"{type(value).__name__} where a text or a list of messages should be")
-
-
-def _message_text(message: Any) -> str:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise ValueError("a list whose items are not messages with 'role' and 'content'")
-    content = message["content"]
-    if isinstance(content, list):  # of parts; images and the like have no text
-        texts = [part["text"] for part in content if isinstance(part, dict) and part.get("text") is not None]
-        content = "\n".join(map(text_of, texts))
-    return f"{text_of(message['role'])}: {text_of(content)}"
+                raise TraceError(f"{where}: {error}") from error
+            if document is not None and in_split(document.key, split):
+                yield document
 
 
 def _files(path: Path) -> Iterator[Path]:

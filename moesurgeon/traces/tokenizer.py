@@ -47,8 +47,9 @@ def _from_json(folder: Path) -> Tokenize:
     added = tokenizer.encode("a").ids[:1] == [bos_id]
     prefix = [] if bos_id is None or added else [bos_id]
 
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        return [prefix + encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+    def tokenize(texts: list[str], /, *, special: bool = True) -> list[list[int]]:
+        before = prefix if special else []
+        return [before + encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
     return tokenize
 
@@ -79,8 +80,9 @@ def _from_transformers(folder: Path) -> Tokenize:
             f"{folder}: transformers cannot load its tokenizer ({reason}): add a tokenizer.json"
         ) from error
 
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
+    def tokenize(texts: list[str], /, *, special: bool = True) -> list[list[int]]:
+        given = tokenizer(texts, add_special_tokens=special, truncation=False, padding=False, verbose=False)
+        ids: list[list[int]] = given["input_ids"]
         return ids
 
     return tokenize

@@ -6,7 +6,7 @@ predicted, and no expert chosen, from text that has nothing to do with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,20 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesurgeon.errors import TraceError, UsageError
+from moesurgeon.traces.budgets import SHORTEST, shares_of
 from moesurgeon.traces.documents import Document, Split
+from moesurgeon.traces.sampling import Sizes, sampled, small_batches
 from moesurgeon.traces.sources import Reading, read_documents
 from moesurgeon.traces.spec import TraceSpec
+from moesurgeon.traces.texts import Render
 
-SHORTEST = 8  # tokens; fewer say little, and are mostly special tokens
-_MOST_ROWS = 64  # results are kept by row of a batch, as many as the largest batch has
-_BATCH_DOCUMENTS = 16
-_BATCH_CHARACTERS = 1 << 17
+_CHARACTERS = 64  # of a token, more than any text has on average: more of a long document is not tokenised
 
 
 class Tokenize(Protocol):
-    """A tokenizer: texts in, one list of token numbers for each out."""
+    """A tokenizer: texts in, one list of token numbers for each out, with the model's special tokens or without."""
 
-    def __call__(self, texts: list[str], /) -> list[list[int]]: ...
+    def __call__(self, texts: list[str], /, *, special: bool = True) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,35 +48,50 @@ class Corpus:
     tokens: dict[str, int] = field(default_factory=dict)  # per domain
     hashes: dict[str, str] = field(default_factory=dict)  # per domain: sha256 of the texts read
     splits: dict[str, Split] = field(default_factory=dict)  # per domain
+    chat_template: str | None = None  # sha256 of the template that made text of chats, if there were any
 
     @property
     def domains(self) -> tuple[str, ...]:
         """The domains in the order of their traces."""
         return tuple(self.tokens)
 
+    @property
+    def cut(self) -> float:
+        """The share of the tokens that are in documents longer than a window."""
+        pieces = {(window.domain, window.document) for window in self.windows if window.start > 0}
+        lengths = [len(window.tokens) for window in self.windows if (window.domain, window.document) in pieces]
+        return sum(lengths) / max(1, sum(self.tokens.values()))
+
 
 def load_corpus(
-    specs: Sequence[TraceSpec], tokenize: Tokenize, *, splits: Sequence[Split], length: int, max_tokens: int | None
+    specs: Sequence[TraceSpec],
+    tokenize: Tokenize,
+    *,
+    splits: Sequence[Split],
+    length: int,
+    max_tokens: int | None,
+    budgets: Mapping[str, str | int] | None = None,
+    sample: int | None = None,
+    render: Render | None = None,
 ) -> Corpus:
     """Return windows of at most ``length`` tokens of every trace, of each in its split of ``splits``.
 
-    ``max_tokens`` is for all traces together and divided evenly among them; what a short trace leaves
-    is not given to the others, so that a domain's share does not depend on its neighbours. None: all
-    there is, which has to fit in memory as tokens (4 bytes each).
+    ``max_tokens`` and ``budgets`` bound what is read (``budgets.shares_of``); without a bound all there is has to fit
+    in memory as tokens (4 bytes each). Of a trace that holds more the first documents are read, or with the seed
+    ``sample`` a uniform sample of all, which takes reading all. ``render`` makes text of chats.
 
     Raises TraceError for a trace that cannot be read or gives no window, and UsageError for a budget
     that gives a trace less than one window.
     """
-    if max_tokens is not None and max_tokens < SHORTEST * len(specs):
-        raise UsageError(
-            f"{max_tokens} tokens are too few for {len(specs)} traces: "
-            f"raise --max-tokens to at least {SHORTEST * len(specs)}"
-        )
+    shares = shares_of([spec.domain for spec in specs], max_tokens, budgets or {})
     corpus = Corpus(windows=[])
-    for number, (spec, split) in enumerate(zip(specs, splits, strict=True)):
-        # The first traces get the tokens that do not divide.
-        share = None if max_tokens is None else (max_tokens + len(specs) - 1 - number) // len(specs)
-        reading = Reading(read_documents(spec, split))
+    for spec, split in zip(specs, splits, strict=True):
+        share = shares[spec.domain]
+        documents: Iterable[Document] = read_documents(spec, split, render)
+        if sample is not None:
+            usable = _usable(tokenize, length, share)
+            documents = sampled(documents, usable, budget=share, seed=sample)
+        reading = Reading(documents)
         windows = take_windows(reading, spec.domain, tokenize, length=length, max_tokens=share)
         if not windows:
             raise _no_text(spec, split)
@@ -104,51 +119,52 @@ def take_windows(
     if length < SHORTEST:
         raise UsageError(f"windows of {length} tokens are too short: raise the length to at least {SHORTEST}")
     windows: list[Window] = []
-    # No budget is one that is never used up.
-    left = float("inf") if max_tokens is None else max_tokens
+    left = max_tokens
     # Pieces of one module have one key: they are one document when intervals are clustered.
     numbers: dict[str, int] = {}
-    for batch in _small_batches(documents):
-        for document, ids in zip(batch, tokenize([document.text for document in batch]), strict=True):
+    for batch in small_batches(documents):
+        for document, ids in zip(batch, _encoded(batch, tokenize, left), strict=True):
             number = numbers.setdefault(document.key, len(numbers))
             for start in range(0, len(ids), length):
-                size = int(min(length, left, len(ids) - start))
+                size = min(length, len(ids) - start)
+                size = size if left is None else min(size, left)
                 if size < SHORTEST:
                     break  # the end of the document or of the budget
                 tokens = np.asarray(ids[start : start + size], dtype=np.int32)
                 windows.append(Window(domain, number, start, tokens))
-                left -= size
-        if left < SHORTEST:
+                left = None if left is None else left - size
+        if left is not None and left < SHORTEST:
             break  # before the next documents are read
     return windows
 
 
-def batches(windows: Sequence[Window], rows: int, tokens: int = 0) -> Iterator[list[Window]]:
-    """Yield groups of at most ``rows`` windows, longest first: windows of a group are about as long.
+def _usable(tokenize: Tokenize, length: int, most: int | None) -> Sizes:
+    """Return how to count the tokens of documents that windows hold."""
 
-    A group of short windows has more rows, up to 64 and ``tokens`` with its padding: where one document
-    fills a long window, a hundred others are not taken one by one. Equal lengths stay in the order
-    given. Every window comes once.
-    """
-    ordered = sorted(windows, key=lambda window: -len(window.tokens))
-    start = 0
-    while start < len(ordered):
-        stop = start + max(rows, min(_MOST_ROWS, tokens // len(ordered[start].tokens)))
-        yield ordered[start:stop]
-        start = stop
+    def sizes(documents: list[Document]) -> list[int]:
+        counts = map(len, _encoded(documents, tokenize, most))
+        return [count - (count % length if count % length < SHORTEST else 0) for count in counts]
+
+    return sizes
 
 
-def _small_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _encoded(documents: list[Document], tokenize: Tokenize, most: int | None) -> list[list[int]]:
+    """Return the tokens of each document, of a long one the first ``most`` at least."""
+    found: list[list[int]] = [[] for _ in documents]
+    for is_rendered in (False, True):
+        numbers = [number for number, document in enumerate(documents) if document.is_rendered == is_rendered]
+        texts = [documents[number].text for number in numbers]
+        heads = texts if most is None else [text[: _CHARACTERS * most + 4096] for text in texts]
+        for number, head, text, ids in zip(numbers, heads, texts, _call(tokenize, heads, is_rendered), strict=True):
+            # What comes after a cut can change the tokens just before it.
+            is_enough = len(head) == len(text) or (most is not None and len(ids) > most + 16)
+            found[number] = ids if is_enough else _call(tokenize, [text], is_rendered)[0]
+    return found
+
+
+def _call(tokenize: Tokenize, texts: list[str], is_rendered: bool) -> list[list[int]]:
+    # A template writes the special tokens itself; a second one in front is what the model never saw.
+    return (tokenize(texts, special=False) if is_rendered else tokenize(texts)) if texts else []
 
 
 def _no_text(spec: TraceSpec, split: Split) -> TraceError:

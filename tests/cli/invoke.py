@@ -47,7 +47,7 @@ def succeeded(*arguments: str | Path) -> Outcome:
     """Run the command line in this process; it has to succeed, and to be quiet outside a terminal."""
     outcome = moesurgeon(*arguments)
     assert outcome.code == 0, outcome.err
-    assert "\x1b" not in outcome.err and "%" not in outcome.err  # no bars
+    assert "\x1b" not in outcome.err and "━" not in outcome.err  # no bars
     if "--json" in map(str, arguments):
         assert outcome.err == ""
     return outcome

@@ -16,20 +16,26 @@ from tests.cli import invoke
 from tests.cli.invoke import finished, succeeded
 from tests.conftest import BUILTIN
 
-COMMANDS = ("inspect", "retop", "profile", "prune", "recover", "evaluate", "harness", "verify", "run")
+COMMANDS = (
+    "inspect", "retop", "profile", "profile show", "profile merge", "profile diff", "profile import", "prune",
+    "recover", "evaluate", "harness", "verify", "run",
+)  # fmt: skip
 HEAVY = ("torch", "lm_eval", "transformers", "peft", "accelerate", "datasets", "pyarrow", "huggingface_hub", "rich")
 
 
 def test_help_lists_every_command() -> None:
     out = succeeded("--help").out
-    assert [line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()] == list(COMMANDS)
+    listed = [
+        re.split(r" {2,}", line.strip())[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()
+    ]
+    assert listed == list(COMMANDS)
     nothing = invoke.moesurgeon()
     assert "Commands:" in nothing.out + nothing.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(command: str) -> None:
-    out = succeeded(command, "--help").out
+    out = succeeded(*command.split(), "--help").out
     assert out.startswith("Usage: ") and command in out.splitlines()[0]
     assert "--json" in out
     for name in re.findall(r"^ +(?:-\w, )?(--[\w-]+)", out, flags=re.MULTILINE):
@@ -51,7 +57,9 @@ def test_reference_holds_everything() -> None:
     assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == list(COMMANDS)
     for command in COMMANDS:
         section = text.partition(f"## {command}\n")[2].partition("\n## ")[0]
-        for option in re.findall(r"^ +(?:-\w, )?(--[\w-]+)", succeeded(command, "--help").out, flags=re.MULTILINE):
+        for option in re.findall(
+            r"^ +(?:-\w, )?(--[\w-]+)", succeeded(*command.split(), "--help").out, flags=re.MULTILINE
+        ):
             assert option == "--help" or re.search(rf"`(-\w, )?{option}[ `]", section), f"{command} {option}"
 
 
@@ -72,6 +80,8 @@ def test_light_commands_load_no_heavy_package(tmp_path: Path, profiles: dict[str
         ["prune", name, tmp_path / "pruned", "--profile", profiles[name], "--keep", "6"],
         ["prune", name, tmp_path / "other", "--profile", profiles[name], "--keep", "6", "--dry-run", "--json"],
         ["verify", tmp_path / "pruned", "--source", name],
+        ["profile", "show", profiles[name], "--json"],
+        ["profile", "diff", profiles[name], profiles[name], "--json"],
     ]
     script = (
         "import sys\n"

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moesurgeon.cli.output import Bars, table
-from moesurgeon.cli.profile import bar
+from moesurgeon.cli.output import Bars, bar, table
 from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE
 from tests.cli.invoke import finished, moesurgeon, process
 
@@ -63,7 +62,7 @@ def test_terminal_that_lacks_characters(tmp_path: Path) -> None:
     outcome = finished("inspect", tmp_path / "café", "--json", env=ascii_only)
     assert outcome.code == 3 and "café" in outcome.json["error"]["message"]
     script = (
-        "import sys; from moesurgeon.cli import app, main; from moesurgeon.cli.profile import bar\n"
+        "import sys; from moesurgeon.cli import app, main; from moesurgeon.cli.output import bar\n"
         "app.command('bar')(lambda: print(bar([1.0, 0.5])))\n"
         "sys.argv = ['moesurgeon', 'bar']; main()"
     )

@@ -90,9 +90,9 @@ def test_streamed_and_on_disk_it_is_the_same(clean: bytes, tmp_path: Path) -> No
 
 # Of every layer: its first batch, its last, each of the writes that keep it.
 MOMENTS = [
-    *((HiddenStates, "put", call) for call in range(1, BATCHES * (LAYERS + 1) + 1)),
-    *((state, "sync", call) for call in (1, 2, 3, 4, 5, 6, 12, 16)),
-    *((Path, "rename", call) for call in (1, 2, 3, 4, 8)),
+    *((HiddenStates, "put", call) for call in (1, 3, 4, 5, 8, 10)),
+    *((state, "sync", call) for call in (1, 3, 4, 6, 12)),
+    *((Path, "rename", call) for call in (1, 2, 4, 8)),
 ]
 
 

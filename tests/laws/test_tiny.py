@@ -48,7 +48,7 @@ def test_domains_use_different_experts(tiny: Subject, out: Path) -> None:
     """Averaged over layers, two domains differ in at least a fifth of their traffic."""
     profile(tiny.name, ProfileOutput(output=out), TEXT, Running())
     statistics = load_profile(out).statistics
-    share = shares(statistics.sums["tokens"])  # [D, L, E]
+    share = shares(statistics.by_domain("tokens"))  # [D, L, E]
     one, other = (statistics.domains.index(domain) for domain in ("prose", "arithmetic"))
     assert 0.5 * np.abs(share[one] - share[other]).sum(axis=-1).mean() >= 0.2
 

@@ -22,11 +22,12 @@ SUMS, FACTS = "stats.safetensors", "profile.json"
 def profile() -> Profile:
     random = np.random.default_rng(0)
     statistics = Statistics.empty(("one", "two"), (1, 3), 4, 2)
-    statistics.seen[:] = 30, 50
     for name in (*PER_EXPERT, PEAK, *PER_LAYER):
         statistics.sums[name][...] = random.integers(1, 50, statistics.sums[name].shape)
+    statistics.sums["seen"][:] = 0.0
+    statistics.sums["seen"][:, 0] = 30, 50
     for name in (*PER_EXPERT, PEAK):
-        statistics.sums[name][:, 1, 2] = 0.0  # layer 3 never used expert 2
+        statistics.sums[name][:, :, 1, 2] = 0.0  # layer 3 never used expert 2
     origin = Origin(
         fingerprint="f" * 64,
         family="mixtral",
@@ -54,17 +55,18 @@ def test_the_summary_is_read_off_the_sums(profile: Profile) -> None:
     assert set(summary["layers"]) == {"1", "3"}
     for row, layer in enumerate(("1", "3")):
         figures = summary["layers"][layer]
-        tokens = [sum(statistics.sums["tokens"][d, row, e] for d in range(2)) for e in range(4)]
-        pulls = [sum(statistics.sums["weighted_norm"][d, row, e] for d in range(2)) for e in range(4)]
-        weights = [sum(statistics.sums["weight"][d, row, e] for d in range(2)) for e in range(4)]
+        tokens, pulls, weights = (
+            [sum(statistics.sums[name][d, p, row, e] for d in range(2) for p in range(5)) for e in range(4)]
+            for name in ("tokens", "weighted_norm", "weight")
+        )
         share = np.array(tokens) / sum(tokens)
         assert figures["utilization"] == pytest.approx(share)
         assert figures["max_over_mean"] == pytest.approx(max(tokens) / (sum(tokens) / 4))
         assert figures["entropy"] == pytest.approx(-sum(p * np.log(p) for p in share if p) / np.log(4))
         assert figures["gate_mass"] == pytest.approx([weight / 80 for weight in weights])
         assert figures["reap"] == [pytest.approx(p / t) if t else None for p, t in zip(pulls, tokens, strict=True)]
-        assert figures["router_entropy"] == pytest.approx(statistics.sums["entropy"][:, row].sum() / 80)
-        assert figures["router_margin"] == pytest.approx(statistics.sums["margin"][:, row].sum() / 80)
+        assert figures["router_entropy"] == pytest.approx(statistics.sums["entropy"][:, :, row].sum() / 80)
+        assert figures["router_margin"] == pytest.approx(statistics.sums["margin"][:, :, row].sum() / 80)
         assert figures["never_routed"] == ([] if row == 0 else [2])
     assert summary["layers"]["3"]["reap"][2] is None  # not zero: nothing is known
     assert json.loads(json.dumps(summary)) == summary
@@ -127,7 +129,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "not JSON": (lambda folder: (folder / FACTS).write_text("{"), "is damaged"),
     "not UTF-8": (lambda folder: (folder / FACTS).write_bytes(b"\xff"), "is damaged"),
     "a list": (lambda folder: (folder / FACTS).write_text("[]"), "is damaged"),
-    "another version": (_edit_facts(schema_version=99), "schema version 99, not 1"),
+    "another version": (_edit_facts(schema_version=99), "schema version 99, not 2"),
     "no version": (_edit_facts(schema_version=None), "schema version None"),
     "no domains": (_edit_facts(domains=None), "is damaged"),
     "fewer domains": (_edit_facts(domains=["one"]), "is damaged"),

@@ -88,7 +88,7 @@ def test_a_count_is_taken_as_it_is() -> None:
 
 @pytest.mark.parametrize(("keep", "ratio"), [(None, None), (6, 0.25)])
 def test_exactly_one_of_count_and_ratio_is_needed(keep: int | None, ratio: float | None) -> None:
-    with pytest.raises(UsageError, match=r"give --keep N or --ratio R \(one of them\)") as raised:
+    with pytest.raises(UsageError, match=r"give --keep N, --ratio R or --below S \(one of them\)") as raised:
         count_to_keep(8, keep=keep, ratio=ratio)
     assert raised.value.exit_code == 2
 
@@ -102,3 +102,13 @@ def test_a_ratio_outside_0_and_1_is_wrong_usage(ratio: float) -> None:
 def test_a_ratio_of_less_than_one_expert_is_wrong_usage() -> None:
     with pytest.raises(UsageError, match=r"--ratio 0\.1 of 8 experts is less than one"):
         count_to_keep(8, keep=None, ratio=0.1)
+
+
+def test_a_share_of_tokens_leaves_the_count_to_the_profile() -> None:
+    assert count_to_keep(8, keep=None, ratio=None, below=0.005) is None
+    for other in ({"keep": 6, "ratio": None}, {"keep": None, "ratio": 0.5}):
+        with pytest.raises(UsageError, match="one of them"):
+            count_to_keep(8, **other, below=0.005)
+    for below in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(UsageError, match="it is a share of the tokens"):
+            count_to_keep(8, keep=None, ratio=None, below=below)

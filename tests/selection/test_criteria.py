@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moesurgeon.errors import UsageError
+from moesurgeon.errors import ProfileError, UsageError
 from moesurgeon.profiling.statistics import PEAK, PER_EXPERT, Statistics
-from moesurgeon.selection.criteria import CRITERIA, scores_of
+from moesurgeon.selection.criteria import COUNTING, CRITERIA, scores_of
 
 NEVER = (1, 2)  # a layer's row and the expert in it that no token was routed to
 
@@ -30,9 +30,10 @@ def statistics() -> Statistics:
     for place, pairs in _tokens().items():
         w, f = np.array(pairs).T
         values = (len(w), w.sum(), f.sum(), (f**2).sum(), (w * f).sum(), ((w * f) ** 2).sum(), len(w))
+        domain, layer, expert = place
         for name, value in zip(PER_EXPERT, values, strict=True):
-            result.sums[name][place] = value
-        result.sums[PEAK][place] = (w * f).max()
+            result.sums[name][domain, expert % 5, layer, expert] = value
+        result.sums[PEAK][domain, expert % 5, layer, expert] = (w * f).max()
     return result
 
 
@@ -95,3 +96,15 @@ def test_scoring_changes_no_profile(statistics: Statistics) -> None:
     for criterion in CRITERIA:
         scores_of(statistics, criterion)[:] = 0.0
     assert all(np.array_equal(statistics.sums[name], array) for name, array in before.items())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_server_s_counts_serve_counting_only(criterion: str, statistics: Statistics) -> None:
+    for name, array in statistics.sums.items():
+        if name != "tokens":
+            array[:] = 0.0
+    if criterion in COUNTING:
+        assert scores_of(statistics, criterion).shape == (2, 4)
+    else:
+        with pytest.raises(ProfileError, match="choose by --criterion frequency"):
+            scores_of(statistics, criterion)

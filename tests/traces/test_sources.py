@@ -14,8 +14,9 @@ import pytest
 from moesurgeon.errors import TraceError
 from moesurgeon.traces import formats
 from moesurgeon.traces.documents import SPLITS, Split, split_of
-from moesurgeon.traces.sources import Reading, read_documents, text_of
+from moesurgeon.traces.sources import Reading, read_documents
 from moesurgeon.traces.spec import TraceSpec
+from moesurgeon.traces.texts import text_of
 
 
 def _texts() -> list[str]:
@@ -58,6 +59,17 @@ def _parquet(path: Path) -> Path:
     return path.with_suffix(".parquet")
 
 
+def _arrow(path: Path, kind: Any = pa.ipc.new_stream) -> Path:
+    table = pa.table({"text": TEXTS, "id": range(80)})
+    with kind(str(path.with_suffix(".arrow")), table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+    return path.with_suffix(".arrow")
+
+
+def _arrow_file(path: Path) -> Path:
+    return _arrow(path, pa.ipc.new_file)
+
+
 def _dataset(path: Path) -> Path:
     # In numpy format: how it was formatted when it was saved must not matter.
     datasets.Dataset.from_dict({"text": TEXTS}).with_format("numpy").save_to_disk(path, num_shards=2)
@@ -81,7 +93,7 @@ def _folder(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "write", [_jsonl, _jsonl_gz, _txt, _windows_txt_gz, _parquet, _dataset, _dataset_dict, _folder]
+    "write", [_jsonl, _jsonl_gz, _txt, _windows_txt_gz, _parquet, _arrow, _arrow_file, _dataset, _dataset_dict, _folder]
 )
 def test_every_format_gives_the_same_documents_and_splits(write: Callable[[Path], Path], tmp_path: Path) -> None:
     spec = TraceSpec(domain="d", location=str(write(tmp_path / "trace")))
@@ -213,6 +225,8 @@ GOOD_LINE = b'{"text": "fine"}\n'
         (_bad("x.txt.gz", gzip.compress(_json_lines(TEXTS))[:900]), r"x\.txt\.gz, after line"),
         (_bad("x.parquet", b"PAR1 but not really PAR1"), r"x\.parquet.*cannot be read"),
         (_bad("x.parquet", b""), r"x\.parquet.*cannot be read"),
+        (_bad("x.arrow", b""), r"x\.arrow, after row 0: cannot be read"),
+        (_bad("x.arrow", b"ARROW1 but not really"), r"x\.arrow, after row 0: cannot be read"),
         (_bad("x.csv", b"text\n"), r"x\.csv: not a kind of file.*\.jsonl"),
         (_bad("x.pkl", b"text\n"), r"x\.pkl: not a kind of file"),
         (_cut_parquet, r"cut\.parquet.*cannot be read"),
@@ -233,6 +247,7 @@ def test_bad_traces_are_errors_of_one_line_with_the_place(
     [
         (_jsonl, r"x\.jsonl, line 1: no column body: .*\(id, text\)"),
         (_parquet, r"x\.parquet: no column body: .*\(text, id\)"),
+        (_arrow, r"x\.arrow: no column body: .*\(text, id\)"),
         (_dataset, r"x: no column body: .*\(text\)"),
         (_txt, r"x\.txt: plain text has no column 'body'"),
     ],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moesurgeon.errors import TraceError, UsageError
 from moesurgeon.traces.documents import Document
 from moesurgeon.traces.spec import TraceSpec, parse_traces
-from moesurgeon.traces.windows import SHORTEST, Window, batches, load_corpus, take_windows
+from moesurgeon.traces.windows import SHORTEST, Window, load_corpus, take_windows
 
 
 def _bytes(texts: list[str]) -> list[list[int]]:
@@ -71,26 +71,6 @@ def test_an_endless_trace_is_read_no_further_than_its_budget() -> None:
 
     assert _tokens(take_windows(endless(), "d", _bytes, length=64, max_tokens=1000)) == 1000
     assert seen <= 16 + 1000 // 92
-
-
-@given(LENGTHS, st.integers(1, 7))
-def test_batches_hold_every_window_once_and_the_longest_first(lengths: list[int], rows: int) -> None:
-    windows = take_windows(_documents(lengths), "d", _bytes, length=32, max_tokens=None)
-    groups = list(batches(windows, rows))
-    flat = [window for group in groups for window in group]
-    assert sorted(map(id, flat)) == sorted(map(id, windows))
-    sizes = [len(window.tokens) for window in flat]
-    assert sizes == sorted(sizes, reverse=True)
-    assert all(len(group) == rows for group in groups[:-1])
-    assert list(map(id, flat)) == [id(window) for group in batches(windows, rows) for window in group]
-
-
-def test_batches_of_short_windows_have_more_rows() -> None:
-    windows = take_windows(_documents([4096, 300, *[20] * 150]), "d", _bytes, length=4096, max_tokens=None)
-    assert [len(group) for group in batches(windows, 1)] == [1] * 152
-    sizes = [[len(window.tokens) for window in group] for group in batches(windows, 1, 4096)]
-    assert [len(group) for group in sizes] == [1, 13, 64, 64, 10]
-    assert all(len(group) * group[0] <= 4096 for group in sizes)
 
 
 def test_a_corpus_divides_its_budget_evenly() -> None:
