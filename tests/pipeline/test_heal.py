@@ -12,9 +12,10 @@ import pytest
 from moesurgeon.errors import OutputError, UsageError
 from moesurgeon.healing.pace import Pace
 from moesurgeon.pipeline import heal as module
+from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.evaluate import evaluate
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
-from moesurgeon.pipeline.prune import PruneSpec, prune
+from moesurgeon.pipeline.prune import prune
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.verify import verify
