@@ -1,13 +1,13 @@
 """The profile next to the plain forward pass, next to keeping activations, and next to llm-compressor's REAP.
 
-    python benchmarks/profile.py [--runs 5] [--threads 1] [--tokens 32768] [--only PART]
+    python benchmarks/profile.py [--runs 5] [--threads 1] [--tokens 65536] [--only PART]
 
 (speed) tokens/s of a profile with all weights in memory against the stock forward pass on the same batches, both
 tiny checkpoints and a synthetic Mixtral of 0.4 GB, in turns, in seconds of the processor (other work on the machine
-does not count), both with the experts in a loop, the fastest way on a CPU; beside it what --inner 1024 adds. (memory) the peak of a profile over that of the stock pass, next to
-the bytes of the experts' outputs that a statistic would be taken from if they were kept. (reap) llm-compressor's
-REAPPruningModifier on the same model and text, where the package can be imported: its time, and whether both rank
-and pick the same experts.
+does not count), both with the experts in a loop, the fastest way on a CPU; beside it what --inner 1024 adds.
+(memory) the peak of a profile over that of the stock pass, next to the bytes of the experts' outputs that a
+statistic would be taken from if they were kept. (reap) llm-compressor's REAPPruningModifier on the same model and
+text, where the package can be imported: its time, and whether both rank and pick the same experts.
 
 Every figure is from a process of its own. Prints tables, ratios against their bars and a JSON object.
 """
@@ -30,7 +30,7 @@ from typing import Any
 # As `python benchmarks/profile.py`, whose folder would hide the profile of the standard library.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.synthetic import make_checkpoint
+from benchmarks.synthetic import make_checkpoint  # noqa: E402 - after its path
 
 PARTS = ("speed", "memory", "reap")
 TINY = ("builtin:tiny-mixtral", "builtin:tiny-deepseek")
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of torch; with more, seconds of the clock are counted")
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=65536, help="the command's own default")
     parser.add_argument("--folder", type=Path, help="where to work: 0.4 GB are needed")
     parser.add_argument("--only", choices=PARTS, action="append", help="leave the other parts out")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -200,6 +200,7 @@ def work_reap(job: dict[str, Any]) -> dict[str, Any]:
     source, domains, batches, _ = opened(job, with_stock=False)
     anatomy, keep = source.anatomy, source.anatomy.experts * 3 // 4
     windows = [window for batch in batches for window in batch.windows if len(window.tokens) == LENGTH]
+    windows = windows[: len(windows) // rows_for(LENGTH) * rows_for(LENGTH)]  # theirs leaves an incomplete batch out
     corpus = Corpus(windows=windows, tokens=dict.fromkeys(domains, 0))
     batches = list(batches_of(corpus, rows=rows_for(LENGTH), device=source.placement.device))
     taken: list[Any] = []
