@@ -7,7 +7,9 @@ tiny checkpoints and a synthetic Mixtral of 0.4 GB, in turns, in seconds of the 
 does not count), both with the experts in a loop, the fastest way on a CPU; beside it what --inner 1024 adds.
 (memory) the peak of a profile over that of the stock pass, next to the bytes of the experts' outputs that a
 statistic would be taken from if they were kept. (reap) llm-compressor's REAPPruningModifier on the same model and
-text, where the package can be imported: its time, and whether both rank and pick the same experts.
+text, where the package can be imported: its time, and whether both rank and pick the same experts. Version 0.14.0.1
+with transformers 5.23 loses the causal mask: its counts in the first layer are exactly those of full attention, ours
+those of the stock model. So scores differ a little there, and more below, where it sees its own cuts.
 
 Every figure is from a process of its own. Prints tables, ratios against their bars and a JSON object.
 """
