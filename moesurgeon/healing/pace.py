@@ -20,7 +20,7 @@ class Pace:
 
     steps: Annotated[int, Ge(1)] = 600
     tokens_per_step: Annotated[int, Ge(8)] = 2048
-    learning_rate: Annotated[float, Gt(0)] = 5e-4
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
     judge_every: Annotated[int, Ge(1)] = 50
     patience: Annotated[int, Ge(1)] = 4
     router: bool = False
