@@ -28,12 +28,15 @@ class Routing:
     group_score: str
     epsilon: float = 0.0
 
-    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """Return each expert's score [T, E] in float32: softmax or sigmoid of the logits."""
+    def scores(self, logits_TE: torch.Tensor, *, as_stock: bool = True) -> torch.Tensor:
+        """Return each expert's score [T, E] in float32: softmax or sigmoid of the logits.
+
+        ``as_stock``: with the last bit of what the model itself computes; statistics can do without.
+        """
         logits_TE = logits_TE.float()
         if self.scoring != "softmax":
             return logits_TE.sigmoid()
-        if logits_TE.ndim == 2 and logits_TE.shape[1] <= _FEW:
+        if not as_stock and logits_TE.ndim == 2 and logits_TE.shape[1] <= _FEW:
             return logits_TE.t().contiguous().softmax(0).t()
         return logits_TE.softmax(-1)
 

@@ -206,7 +206,7 @@ def router_figures(
     plain = bias_E is None and routing.groups == 1
     firsts, figures = [], []
     for logits in logits_NE.split(max(1, _AT_ONCE // experts)):
-        scores = routing.scores(logits)
+        scores = routing.scores(logits, as_stock=False)
         best, at = scores.max(-1, keepdim=True)
         firsts.append(at.squeeze(-1) if plain else routing.choose(scores, bias_E, 1).squeeze(-1))
         total = scores.sum(-1)
