@@ -26,14 +26,14 @@ def heal_spec(
 
 def show_healing(report: Report) -> None:
     """Print what healing did, layer by layer and to the held-out loss."""
-    healing: Any = report.get("healing")
+    healing: Any = report.get("healed")
     if not healing:
         return
     if "planned" in healing:
         plan = healing["planned"]
         print(f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens")
         return
-    for layer in healing["layers"]:
+    for layer in report["healing"]:
         steps = ", ".join(
             f"{step['step']} {step['error']:.4f}{'' if step['kept'] else ' (left)'}" for step in layer["steps"]
         )

@@ -203,7 +203,7 @@ def _measured(
 
 def _gap_closed(report: Mapping[str, Any]) -> float | None:
     """Return the share of the loss gap that a step closed itself, of those that do."""
-    if healing := report.get("healing"):
+    if healing := report.get("healed"):
         return healing["gap_closed"] if healing["kept"] else 0.0
     closed: float | None = report.get("gap_closed")
     return closed

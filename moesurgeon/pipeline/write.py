@@ -68,7 +68,10 @@ def finish_healed(
     writing: Writing,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Do what :func:`finish` does, after healing if ``heal`` says how; a dry run says what would heal, and does not."""
+    """Do what :func:`finish` does, after healing if ``heal`` says how; a dry run says what would heal, and does not.
+
+    ``healing`` of the report is by layer, ``healed`` says what the whole came to.
+    """
     if heal is None or plan.changes_nothing:
         return {"healing": [], **finish(plan, subject, writing, progress)}
     from moesurgeon.pipeline.heal import check_heal, healed  # needs the running model, which nothing else here does
@@ -77,6 +80,7 @@ def finish_healed(
     if writing.layout is not None:  # what it refuses, before the work
         plan_layout(plan.result(subject.anatomy), writing.layout)
     if writing.dry_run:
-        return {"healing": {"planned": asdict(heal)}, **finish(plan, subject, writing, progress)}
+        return {"healing": [], "healed": {"planned": asdict(heal)}, **finish(plan, subject, writing, progress)}
     with healed(plan, subject, heal, running, progress) as (better, report):
-        return {"healing": report, **finish(better, subject, writing, progress)}
+        layers = report.pop("layers")
+        return {"healing": layers, "healed": report, **finish(better, subject, writing, progress)}

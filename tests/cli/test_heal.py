@@ -29,16 +29,17 @@ def test_prune(name: str, out: Path, profiles: dict[str, Path]) -> None:
     heal = ("--heal", "builtin:json", "--heal", "l=builtin:logs", *LITTLE)
     arguments = ("prune", name, out, "--profile", profiles[name], "--ratio", "0.25", *heal)
     planned = succeeded(*arguments, "--dry-run", "--json").json
-    assert planned["healing"]["planned"]["traces"] == ["builtin:json", "l=builtin:logs"]
-    assert planned["healing"]["planned"]["pace"]["steps"] == 3
+    assert planned["healed"]["planned"]["traces"] == ["builtin:json", "l=builtin:logs"]
+    assert planned["healed"]["planned"]["pace"]["steps"] == 3
     shown = succeeded(*arguments, "--dry-run").out
     assert "would heal on builtin:json, l=builtin:logs by distill, 2,048 tokens" in shown
     assert contents(out.parent) == {}
-    healing = succeeded(*arguments, "--json").json["healing"]
+    written = succeeded(*arguments, "--json").json
+    healing = written["healed"]
     assert set(healing["traces"]) == set(healing["heldout_traces"]) == {"json", "l"}
     assert healing["traces"] != healing["heldout_traces"]
     assert healing["kept"] and healing["tokens"] == 2048 and healing["heldout_tokens"] > 0
-    assert [step["step"] for step in healing["layers"][0]["steps"]] == ["ridge", "distill"]
+    assert [step["step"] for step in written["healing"][0]["steps"]] == ["ridge", "distill"]
     report = succeeded("verify", out, "--source", name, "--json").json
     assert [step["operation"] for step in report["history"][0]] == ["prune", "heal"]
     assert "heal" in succeeded("verify", out).out

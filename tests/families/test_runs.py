@@ -17,7 +17,7 @@ from moesurgeon.engine.whole import load_model
 from moesurgeon.errors import CheckpointError
 from moesurgeon.families import FAMILIES
 from moesurgeon.pipeline.subject import open_subject
-from moesurgeon.profiling.profiler import follows_rule
+from moesurgeon.profiling.collector import follows_rule
 from moesurgeon.recovery.adapters import adapt_routers, adapted_routers
 from moesurgeon.recovery.estimator import learning_routers
 from tests.families.conftest import Stock

@@ -40,13 +40,14 @@ def test_it_helps_on_text_that_it_has_not_seen(tiny: Subject, tmp_path: Path) ->
     _retop(tiny, tmp_path / "bare", None)
     losses = [_loss(tmp_path / "bare")]
     for name, spec in (("ridge", RIDGE), ("distill", DISTILL)):
-        healing = _retop(tiny, tmp_path / name, spec)["healing"]
+        report = _retop(tiny, tmp_path / name, spec)
+        healing = report["healed"]
         losses.append(_loss(tmp_path / name))
         heldout = healing["heldout"]
         assert healing["kept"] and heldout["teacher"] < heldout["healed"] < heldout["bare"]
         closed = (heldout["bare"] - heldout["healed"]) / (heldout["bare"] - heldout["teacher"])
         assert healing["gap_closed"] == pytest.approx(closed)
-        assert [layer["layer"] for layer in healing["layers"]] == list(tiny.anatomy.moe_layers)
+        assert [layer["layer"] for layer in report["healing"]] == list(tiny.anatomy.moe_layers)
         assert verify(str(tmp_path / name), source=tiny.name)["tensors_replaced"] > 0
     assert losses == sorted(losses, reverse=True), losses
 
@@ -72,7 +73,7 @@ def test_what_does_not_lower_the_loss_is_left_out(
 
     monkeypatch.setattr(module, "heal", worse)
     _retop(tiny_mixtral, tmp_path / "bare", None)
-    healing = _retop(tiny_mixtral, tmp_path / "healed", RIDGE)["healing"]
+    healing = _retop(tiny_mixtral, tmp_path / "healed", RIDGE)["healed"]
     assert not healing["kept"] and healing["heldout"]["healed"] > healing["heldout"]["bare"]
     assert healing["gap_closed"] < 0
     bare, healed = (
@@ -82,8 +83,9 @@ def test_what_does_not_lower_the_loss_is_left_out(
 
 
 def test_none_measures(tiny_mixtral: Subject, tmp_path: Path) -> None:
-    healing = _retop(tiny_mixtral, tmp_path / "out", replace(RIDGE, method="none"))["healing"]
-    assert healing["layers"] == [] and not healing["kept"] and healing["gap_closed"] == 0
+    report = _retop(tiny_mixtral, tmp_path / "out", replace(RIDGE, method="none"))
+    healing = report["healed"]
+    assert report["healing"] == [] and not healing["kept"] and healing["gap_closed"] == 0
     assert healing["heldout"]["healed"] == healing["heldout"]["bare"] > healing["heldout"]["teacher"]
     operations = verify(str(tmp_path / "out"))["history"]
     assert [operation["operation"] for step in operations for operation in step] == ["retop"]
@@ -98,7 +100,7 @@ def test_two_cuts_come_back_to_the_first_checkpoint(tiny_mixtral: Subject, tmp_p
     for teacher in (None, tiny_mixtral.name):
         spec = PruneSpec(keep_experts=kept, heal=replace(RIDGE, teacher=teacher))
         report = prune(str(tmp_path / "top1"), spec, Writing(output=tmp_path / f"by {teacher}"), running=RUNNING)
-        losses[teacher] = report["healing"]["heldout"]
+        losses[teacher] = report["healed"]["heldout"]
     assert losses[tiny_mixtral.name]["teacher"] < losses[None]["teacher"]
     assert losses[tiny_mixtral.name]["bare"] == losses[None]["bare"]
     assert losses[tiny_mixtral.name]["healed"] < losses[None]["healed"]
@@ -142,7 +144,7 @@ def test_with_little_memory_the_same_comes_out(
     monkeypatch.setattr(module, "share_out", little)
     found = _retop(tiny_mixtral, tmp_path / "streamed", DISTILL)
     assert seen == [(True, True), (False, False)]
-    assert found["healing"]["layers"] == expected["healing"]["layers"]
+    assert found["healing"] == expected["healing"]
     for path in (tmp_path / "resident").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "streamed" / path.name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resident", "streamed"]
