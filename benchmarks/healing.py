@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.pop(0)  # profile.py beside this file is not the library's
 sys.path.insert(0, str(Path(__file__).parent.parent))  # as `python benchmarks/healing.py`
 
 from moesurgeon.healing.pace import Method, Pace
