@@ -18,10 +18,12 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.pop(0)  # profile.py beside this file is not the library's
 sys.path.insert(0, str(Path(__file__).parent.parent))  # as `python benchmarks/healing.py`
 
 from moesurgeon.healing.pace import Method, Pace
@@ -79,8 +81,8 @@ def main() -> None:
         given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def measured(operation: Operation, given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each method and seed; the first one is bare."""
+def measured(operation: Operation, given: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row for each method and seed; the first one is bare."""
     source = f"builtin:{operation.checkpoint}"
     taken = folder / operation.checkpoint
     if not taken.exists():
@@ -114,7 +116,7 @@ def measured(operation: Operation, given: argparse.Namespace, folder: Path) -> l
                 "cpu_seconds": cpu,
             }
         )
-    return rows
+        yield rows[-1]
 
 
 def closed(ratio: float, bare: float) -> float:
