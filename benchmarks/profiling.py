@@ -1,6 +1,6 @@
 """The profile next to the plain forward pass, next to keeping activations, and next to llm-compressor's REAP.
 
-    python benchmarks/profile.py [--runs 5] [--threads 1] [--tokens 65536] [--only PART]
+    python benchmarks/profiling.py [--runs 5] [--threads 1] [--tokens 65536] [--only PART]
 
 (speed) tokens/s of a profile with all weights in memory against the stock forward pass on the same batches, both
 tiny checkpoints and a synthetic Mixtral of 0.4 GB, in turns, in seconds of the processor (other work on the machine
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# As `python benchmarks/profile.py`, whose folder would hide the profile of the standard library.
+# As `python benchmarks/profiling.py`, whose folder would hide the profile of the standard library.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.synthetic import make_checkpoint  # noqa: E402 - after its path
