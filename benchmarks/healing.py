@@ -1,6 +1,7 @@
 """What healing gives back of what a cut costs, on both builtin checkpoints and on text that nothing was tuned on.
 
-    python benchmarks/healing.py [--checkpoint tiny-mixtral] [--seeds 2] [--steps 600] [--json FILE]
+    python benchmarks/healing.py [--checkpoint tiny-mixtral] [--seeds 2] [--steps 600]
+                                 [--learning-rate 1e-3] [--json FILE]
 
 Each operation is written bare and healed, and each result is held against the original on the report split:
 perplexity rise with a 95 % interval (bootstrap over documents, paired), share of the loss gap closed, seconds
@@ -23,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.pop(0)  # profile.py beside this file is not the library's
 sys.path.insert(0, str(Path(__file__).parent.parent))  # as `python benchmarks/healing.py`
 
 from moesurgeon.healing.pace import Method, Pace
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", choices=["tiny-mixtral", "tiny-deepseek"], help="only this one")
     parser.add_argument("--seeds", type=int, default=2, help="of the distillation")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--learning-rate", type=float, default=Pace().learning_rate)
     parser.add_argument("--tokens", type=int, default=98304, help="to heal on")
     parser.add_argument("--report-tokens", type=int, default=49152)
     parser.add_argument("--json", type=Path, help="also write the JSON object here")
@@ -93,7 +94,7 @@ def measured(operation: Operation, given: argparse.Namespace, folder: Path) -> I
     for number, (method, seed) in enumerate(ways):
         heal = None
         if method is not None:
-            pace = Pace(steps=given.steps, seed=seed)
+            pace = Pace(steps=given.steps, seed=seed, learning_rate=given.learning_rate)
             heal = HealSpec(traces=("builtin:all",), method=method, max_tokens=given.tokens, pace=pace)
         writing = Writing(output=folder / f"{operation.checkpoint} {operation.name} {number}")
         started, used = time.monotonic(), time.process_time()
