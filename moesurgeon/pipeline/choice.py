@@ -58,22 +58,26 @@ def choose(subject: Subject, spec: PruneSpec, *, dry_run: bool = False) -> Choic
         return Choice(_read_kept(spec.keep_experts), {"criterion": "keep-experts"})
     if spec.profile is None:
         raise UsageError("say what the choice is based on: give --profile (see moesurgeon profile) or --keep-experts")
-    return _by_profile(subject, spec, spec.profile, dry_run)
-
-
-def _by_profile(subject: Subject, spec: PruneSpec, path: Path, dry_run: bool) -> Choice:
     # Here: a quarter of the time to start goes into numpy, which a choice that was made needs not.
     from moesurgeon.profiling.artefact import load_profile
+    from moesurgeon.selection.choose import count_to_keep
+
+    count = count_to_keep(subject.anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
+    if count is not None:
+        check_count(subject.anatomy, count)
+    profile = load_profile(spec.profile)
+    _check_profile(profile, subject, spec.profile)
+    return choose_by(subject.anatomy, spec, profile, dry_run=dry_run)
+
+
+def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: bool = False) -> Choice:
+    """Return the experts of ``anatomy`` that stay by ``spec`` and ``profile``, which must be of it."""
     from moesurgeon.selection.candidates import candidates, keep_above
     from moesurgeon.selection.choose import best, count_to_keep
     from moesurgeon.selection.criteria import scores_of
 
-    anatomy, groups = subject.anatomy, subject.anatomy.groups[0]
+    groups = anatomy.groups[0]
     count = count_to_keep(anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
-    if count is not None:
-        check_count(anatomy, count)
-    profile = load_profile(path)
-    _check_profile(profile, subject, path)
     statistics = profile.weighted
     evidence: dict[str, Any] = {}
     if count is None:
@@ -85,6 +89,7 @@ def _by_profile(subject: Subject, spec: PruneSpec, path: Path, dry_run: bool) ->
                 raise
             count = anatomy.experts
         evidence["candidates"] = candidates(statistics, spec.below, groups)
+    check_count(anatomy, count)
     criterion = spec.criterion or ("reap" if spec.below is None else "frequency")
     kept = best(scores_of(statistics, criterion, spec.seed), statistics.layers, count, groups)
     record: dict[str, Any] = {"criterion": criterion, "profile_traces": profile.origin.trace_hashes}

@@ -14,7 +14,7 @@ from moesurgeon.engine.device import place
 from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import UsageError
-from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, measure
+from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, Measurement, measure
 from moesurgeon.healing.heal import heal, refuse_quantised
 from moesurgeon.healing.memory import healing_bytes
 from moesurgeon.healing.pace import METHODS
@@ -36,65 +36,135 @@ def check_heal(spec: HealSpec) -> None:
     trace_specs(Text(traces=spec.traces))
 
 
+class Healer:
+    """A checkpoint, its teacher and the text, opened once: heals any plan for the checkpoint and judges it.
+
+    ``learn`` and ``held`` are the batches that heal and that judge; ``folder`` is where to put what does not fit
+    into memory, None if all does.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        spec: HealSpec,
+        sources: Sequence[Source],
+        corpora: tuple[Corpus, Corpus],
+        folder: Path | None,
+        *,
+        teacher: Subject,
+        progress: Progress,
+    ) -> None:
+        self.subject, self.spec, self.folder = subject, spec, folder
+        self.train, self.judge = corpora
+        self.learn, self.held = (_batched(each, sources[0], subject, spec) for each in corpora)
+        self._student_source, self._teacher_name = sources[0], teacher.fingerprint
+        self.teacher = Stream(sources[-1])
+        self._progress = progress
+
+    def student(self, plan: EditPlan) -> Stream:
+        """Return what ``plan`` makes of the checkpoint, ready to walk."""
+        return Stream(self._student_source, Overlay(plan=plan))
+
+    def judged(self, student: Stream) -> Measurement:
+        """Return the losses of ``student`` and of the teacher on the text that judges."""
+        return measure(
+            student,
+            self.judge.domains,
+            self.held,
+            teacher=self.teacher,
+            folder=self.folder,
+            progress=self._progress,
+            label="judging",
+        )
+
+    def heal(self, plan: EditPlan) -> tuple[EditPlan, dict[str, Any], Measurement]:
+        """Return ``plan`` with healed tensors, the report (errors by layer, losses), and what judged the result.
+
+        The final judge is the loss on held-out text: where healing does not lower it, the plan comes back as it was.
+        The tensors of the plan may be in files of ``folder``.
+        """
+        spec, student = self.spec, self.student(plan)
+        before = after = self.judged(student)
+        layers: list[dict[str, Any]] = []
+        if spec.method != "none":
+            walk = Walk([self.teacher, student], [*self.learn, *self.held], self.folder)
+            numbers = range(len(self.learn)), range(len(self.learn), len(walk.batches))
+            room = Room(self.folder)
+            layers = heal(
+                walk,
+                student,
+                self.teacher,
+                *numbers,
+                method=spec.method,
+                pace=spec.pace,
+                room=room,
+                progress=self._progress,
+            )
+            del walk  # and its hidden states
+            after = self.judged(student)
+        bare, healed = _losses(before), _losses(after)
+        kept = healed["loss"] < bare["loss"]
+        report = {
+            "method": spec.method,
+            "teacher": self._teacher_name,
+            "traces": dict(self.train.hashes),
+            "heldout_traces": dict(self.judge.hashes),
+            "tokens": sum(self.train.tokens.values()),
+            "heldout_tokens": sum(self.judge.tokens.values()),
+            "layers": layers,
+            "heldout": {"teacher": bare["teacher"], "bare": bare["loss"], "healed": healed["loss"]},
+            "gap_closed": _closed(bare, healed),
+            "kept": kept,
+        }
+        if not kept:
+            return plan, report, before
+        record = {key: report[key] for key in ("method", "teacher", "traces", "heldout_traces", "heldout")}
+        return plan_healed(student, {**record, "pace": asdict(spec.pace)}), report, after
+
+
+@contextmanager
+def healer(
+    subject: Subject, spec: HealSpec, running: Running, progress: Progress, *, like: EditPlan
+) -> Iterator[Healer]:
+    """Open what healing plans of ``subject`` takes; memory is shared out for such as ``like``."""
+    check_heal(spec)
+    other = _teacher(subject, spec)
+    placement = place(running.device, running.dtype, subject.stored_dtype)
+    text = Text(traces=spec.traces, max_tokens=spec.max_tokens, length=spec.length)
+    train = read_text(subject, text, builtin_split="calibration", own_split="train")
+    judge = read_text(
+        subject, replace(text, max_tokens=spec.heldout_tokens, split="validation"), builtin_split="validation"
+    )
+    with ExitStack() as stack:
+        sources = [
+            stack.enter_context(Source.of_checkpoint(each.checkpoint, each.anatomy, placement))
+            for each in (subject, *([other] if other else []))
+        ]
+        student = Stream(sources[0], Overlay(plan=like))
+        if spec.method != "none":
+            refuse_quantised(student)
+        batches = [batch for each in (train, judge) for batch in _batched(each, sources[0], subject, spec)]
+        fits = _share_out(sources, student, spec, running, batches)
+        folder: Path | None = stack.enter_context(hidden_folder(fits))
+        yield Healer(subject, spec, sources, (train, judge), folder, teacher=other or subject, progress=progress)
+
+
 @contextmanager
 def healed(
     plan: EditPlan, subject: Subject, spec: HealSpec, running: Running, progress: Progress
 ) -> Iterator[tuple[EditPlan, dict[str, Any]]]:
     """Yield ``plan`` with healed tensors, and the report: errors by layer, held-out loss before and after.
 
-    The final judge is the loss on held-out text: where healing does not lower it, the plan comes back as it was.
     To be written inside the context: what was healed may be in files that end with it.
     """
-    check_heal(spec)
-    other = _teacher(subject, spec)
-    placement = place(running.device, running.dtype, subject.stored_dtype)
-    text = Text(traces=spec.traces, max_tokens=spec.max_tokens, length=spec.length)
-    length = window_length(subject, text)
-    train = read_text(subject, text, builtin_split="calibration", own_split="train")
-    judge = read_text(
-        subject, replace(text, max_tokens=spec.heldout_tokens, split="validation"), builtin_split="validation"
-    )
+    with healer(subject, spec, running, progress, like=plan) as open_healer:
+        better, report, _judged = open_healer.heal(plan)
+        yield better, report
 
-    def batched(corpus: Corpus) -> list[Batch]:
-        return list(batches_of(corpus, rows=rows_for(length), tokens=BATCH_TOKENS, device=placement.device))
 
-    learn, held = batched(train), batched(judge)
-    with ExitStack() as stack:
-        sources = [
-            stack.enter_context(Source.of_checkpoint(each.checkpoint, each.anatomy, placement))
-            for each in (subject, *([other] if other else []))
-        ]
-        teacher, student = Stream(sources[-1]), Stream(sources[0], Overlay(plan=plan))
-        if spec.method != "none":
-            refuse_quantised(student)
-        fits = _share_out(sources, student, spec, running, [*learn, *held])
-        folder: Path | None = stack.enter_context(hidden_folder(fits))
-        bare = _losses(student, teacher, judge, held, folder, progress)
-        layers, after = [], bare
-        if spec.method != "none":
-            walk = Walk([teacher, student], [*learn, *held], folder)
-            numbers = range(len(learn)), range(len(learn), len(learn) + len(held))
-            room = Room(folder)
-            layers = heal(
-                walk, student, teacher, *numbers, method=spec.method, pace=spec.pace, room=room, progress=progress
-            )
-            del walk  # and its hidden states
-            after = _losses(student, teacher, judge, held, folder, progress)
-        kept = after["loss"] < bare["loss"]
-        report = {
-            "method": spec.method,
-            "teacher": (other or subject).fingerprint,
-            "traces": dict(train.hashes),
-            "heldout_traces": dict(judge.hashes),
-            "tokens": sum(train.tokens.values()),
-            "heldout_tokens": sum(judge.tokens.values()),
-            "layers": layers,
-            "heldout": {"teacher": bare["teacher"], "bare": bare["loss"], "healed": after["loss"]},
-            "gap_closed": _closed(bare, after),
-            "kept": kept,
-        }
-        record = {key: report[key] for key in ("method", "teacher", "traces", "heldout_traces", "heldout")}
-        yield plan_healed(student, {**record, "pace": asdict(spec.pace)}) if kept else plan, report
+def _batched(corpus: Corpus, source: Source, subject: Subject, spec: HealSpec) -> list[Batch]:
+    rows = rows_for(window_length(subject, Text(traces=spec.traces, length=spec.length)))
+    return list(batches_of(corpus, rows=rows, tokens=BATCH_TOKENS, device=source.placement.device))
 
 
 def _teacher(subject: Subject, spec: HealSpec) -> Subject | None:
@@ -129,12 +199,7 @@ def _share_out(
         ) from error
 
 
-def _losses(
-    student: Stream, teacher: Stream, corpus: Corpus, batches: Sequence[Batch], folder: Path | None, progress: Progress
-) -> dict[str, float]:
-    measured = measure(
-        student, corpus.domains, batches, teacher=teacher, folder=folder, progress=progress, label="judging"
-    )
+def _losses(measured: Measurement) -> dict[str, float]:
     totals, count = measured.sums.sum(axis=0), float(measured.positions.sum())
     return {"loss": float(totals[LOSS] / count), "teacher": float(totals[TEACHER_LOSS] / count)}
 

@@ -1,10 +1,12 @@
-"""Train one of the two tiny checkpoints that come with moesurgeon.
+"""Train one of the two tiny checkpoints that come with moesurgeon, or the larger one that benchmarks use.
 
     python recipes/tiny/train.py recipes/tiny/mixtral.yaml  OUT
     python recipes/tiny/train.py recipes/tiny/deepseek.yaml OUT
+    python recipes/tiny/train.py recipes/small/mixtral.yaml OUT --corpora FOLDER
 
-Text: the train split of the builtin traces and nothing else, so that any machine with Python can
-repeat it. About 45 minutes on one core each. Writes a bf16 checkpoint in the hub's layout in several
+Text of the tiny ones: the train split of the builtin traces and nothing else, so that any machine with Python
+can repeat it. About 45 minutes on one core each. Of the larger one: the train split of FOLDER/DOMAIN/train.jsonl.gz
+for each domain of the recipe, one {"text": ...} a line. Writes a bf16 checkpoint in the hub's layout in several
 shards, its tokenizer, and a model card with data, seed and held-out losses.
 """
 
@@ -25,7 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moesurgeon.engine import deepseek_v1  # noqa: F401 - registers the architecture
-from moesurgeon.traces.builtin import BUILTIN_TRACES
+from moesurgeon.traces.sources import read_documents
+from moesurgeon.traces.spec import TraceSpec
 
 BOS, EOS = "<s>", "</s>"
 
@@ -34,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--corpora", type=Path, help="text by domain, instead of the builtin traces")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
@@ -42,10 +46,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(recipe["seed"])
 
-    tokenizer = train_tokenizer(recipe["config"]["vocab_size"], recipe["mixture"])
-    train = {domain: encode(tokenizer, domain, "train") for domain in recipe["mixture"]}
-    heldout = {domain: encode(tokenizer, domain, "validation") for domain in recipe["mixture"]}
-    report = {domain: encode(tokenizer, domain, "report") for domain in recipe["mixture"]}
+    traces = {domain: trace_of(domain, arguments.corpora) for domain in recipe["mixture"]}
+    tokenizer = train_tokenizer(recipe["config"]["vocab_size"], recipe["mixture"], traces)
+    train = {domain: encode(tokenizer, trace, "train") for domain, trace in traces.items()}
+    heldout = {domain: encode(tokenizer, trace, "validation") for domain, trace in traces.items()}
+    report = {domain: encode(tokenizer, trace, "report") for domain, trace in traces.items()}
     print({domain: len(ids) for domain, ids in train.items()}, flush=True)
 
     config = AutoConfig.for_model(
@@ -61,16 +66,24 @@ def main() -> None:
     as_on_the_hub(arguments.out)
     losses = {domain: loss_of(model.float(), ids, rows=64) for domain, ids in report.items()}
     unigram = unigram_losses(train, report, recipe["mixture"], config.vocab_size)
-    write_card(arguments.out, recipe, model, steps, losses, unigram, log)
+    write_card(arguments.out, recipe, model, steps, losses, unigram, log, arguments)
 
 
-def train_tokenizer(vocab_size: int, mixture: dict[str, float]) -> PreTrainedTokenizerFast:
+def trace_of(domain: str, corpora: Path | None) -> TraceSpec:
+    if corpora is None:
+        return TraceSpec(domain=domain, location=f"builtin:{domain}")
+    return TraceSpec(domain=domain, location=str(corpora / domain / "train.jsonl.gz"))
+
+
+def train_tokenizer(
+    vocab_size: int, mixture: dict[str, float], traces: dict[str, TraceSpec]
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE; digits stand alone, so that arithmetic can be learnt."""
 
     def texts():
         for domain, share in mixture.items():
             budget = int(4_000_000 * share)
-            for document in whole(BUILTIN_TRACES[domain]("train")):
+            for document in whole(read_documents(traces[domain], "train")):
                 yield document.text
                 budget -= len(document.text)
                 if budget < 0:
@@ -94,9 +107,9 @@ def train_tokenizer(vocab_size: int, mixture: dict[str, float]) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, domain: str, split: str) -> np.ndarray:
+def encode(tokenizer: PreTrainedTokenizerFast, trace: TraceSpec, split: str) -> np.ndarray:
     """All documents of a domain's split as one stream ``<s> text </s> <s> text </s> ...``."""
-    texts = [document.text for document in whole(BUILTIN_TRACES[domain](split))]
+    texts = [document.text for document in whole(read_documents(trace, split))]
     rows = tokenizer(texts)["input_ids"]
     return np.concatenate([np.asarray([*row, 1], dtype=np.int16) for row in rows])
 
@@ -142,7 +155,8 @@ def train_model(model, train, heldout, recipe, steps) -> list[dict]:
         for group in optimizer.param_groups:
             group["lr"] = recipe["learning_rate"] * schedule(step, steps)
         router_logits.clear()
-        logits = model(input_ids=batch, use_cache=False).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.get("autocast", False)):
+            logits = model(input_ids=batch, use_cache=False).logits
         language_loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].reshape(-1, logits.shape[-1]).float(), batch[:, 1:].reshape(-1)
         )
@@ -225,7 +239,7 @@ def unigram_losses(train, report, mixture, vocab_size) -> dict[str, float]:
     return {domain: float(-logs[ids].mean()) for domain, ids in report.items()}
 
 
-def write_card(out: Path, recipe, model, steps, losses, unigram, log) -> None:
+def write_card(out: Path, recipe, model, steps, losses, unigram, log, arguments) -> None:
     rows = "\n".join(
         f"| {d} | {recipe['mixture'][d]:.2f} | {losses[d]:.3f} | {unigram[d]:.3f} | {unigram[d] - losses[d]:.2f} |"
         for d in losses
@@ -233,6 +247,12 @@ def write_card(out: Path, recipe, model, steps, losses, unigram, log) -> None:
     mean = sum(recipe["mixture"][d] * losses[d] for d in losses)
     base = sum(recipe["mixture"][d] * unigram[d] for d in losses)
     seen = steps * recipe["batch"] * recipe["sequence_length"]
+    text = "the corpora named below"
+    if arguments.corpora is None:
+        text = """moesurgeon's builtin traces (the Python standard library's sources, their
+  docstrings and comments, `pydoc_data`, character tables; generated arithmetic, JSON and logs)"""
+    again = f"python recipes/tiny/train.py {arguments.recipe} OUT"
+    again += "" if arguments.corpora is None else " --corpora FOLDER"
     (out / "README.md").write_text(f"""---
 license: apache-2.0
 tags: [moesurgeon, mixture-of-experts, test-fixture]
@@ -240,18 +260,17 @@ tags: [moesurgeon, mixture-of-experts, test-fixture]
 
 # {recipe["name"]}
 
-{recipe["description"]} A real, trained model that is small enough to ship: it exists so that surgery on
+{recipe["description"]} A real, trained model, small enough that surgery on
 mixtures of experts can be shown and tested anywhere. Not meant for generating text.
 
 - Parameters: {sum(p.numel() for p in model.parameters()):,}
-- Text: the train split of moesurgeon's builtin traces (the Python standard library's sources, their
-  docstrings and comments, `pydoc_data`, character tables; generated arithmetic, JSON and logs)
+- Text: the train split of {text}
 - {steps} steps of {recipe["batch"]} x {recipe["sequence_length"]} tokens ({seen / 1e6:.1f} M), seed {recipe["seed"]},
   AdamW {recipe["learning_rate"]}, load balancing {recipe["balance_coefficient"]} per layer
 - Trained with Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__},
   {log[-1]["minutes"]} minutes
 - Final training loss {log[-1]["loss"]} on the last batch; load balance {log[-1]["balance"]} (1 is even)
-- Train it again: `python recipes/tiny/train.py recipes/tiny/{recipe["name"].removeprefix("tiny-")}.yaml OUT`
+- Train it again: `{again}`
 
 Held-out loss (report split, never trained on), nats per token, next to a unigram model of the same mixture:
 
