@@ -47,6 +47,32 @@ def command(
             help="Heal the layers on this text before writing. Repeat for more; builtin:all for the builtin traces.",
         ),
     ] = [],  # noqa: B006 - typer copies it
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COUNTS",
+            help="Cut in steps, with a new profile, healing and a judgement each: 7,6 (experts that stay) or 25%:2 (a "
+            "share in steps). Needs --heal.",
+        ),
+    ] = None,
+    gate: Annotated[
+        list[str],
+        typer.Option(
+            metavar="EXPR",
+            help="What each step has to fulfil on validation text, as 'perplexity_ratio <= 1.05'; the last state that "
+            "does is written, and the exit code is 4 if one does not. Repeat for more. Needs --heal.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    search: Annotated[
+        bool, typer.Option("--search", help="Find the smallest count that passes the gate (not below --keep).")
+    ] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where steps are kept for a killed command to go on. Default: beside OUT, until it is written.",
+        ),
+    ] = None,
     heal_method: options.HealMethod = "distill",
     heal_tokens: options.HealTokens = 98304,
     heal_steps: options.HealSteps = 600,
@@ -81,6 +107,10 @@ def command(
             heal=heal_spec(
                 heal, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router, teacher=heal_teacher
             ),
+            stages=stages,
+            gates=tuple(gate),
+            search=search,
+            run=run,
         )
         writing = Writing(
             output=output,
@@ -110,8 +140,31 @@ def _show(report: Report) -> None:
             f"  stability: half of the documents would change {found['changed']:.0%} of what goes, "
             f"{found['worst']:.0%} in layer {found['worst_layer']}{enough}"
         )
+    _show_stages(report["stages"])
     show_healing(report)
     show_written(report)
+
+
+def _show_stages(stages: list[dict[str, Any]]) -> None:
+    """Print how each step was judged."""
+    if not stages:
+        return
+    if "judged" not in stages[0]:
+        print(f"  would be judged with {', '.join(str(stage['experts_after']) for stage in stages)} experts")
+        return
+    rows = []
+    for stage in stages:
+        ratio, loss = stage["judged"]["against"], stage["healed"]["heldout"]
+        low, high = ratio["interval"]
+        rows.append(
+            [
+                stage["stage"], f"{stage['experts_before']} -> {stage['experts_after']}", f"{loss['bare']:.4f}",
+                f"{stage['judged']['loss']:.4f}", f"{ratio['perplexity_ratio']:.3f}", f"{low:.3f} - {high:.3f}",
+                "accepted" if stage["accepted"] else "rolled back",
+            ]
+        )  # fmt: skip
+    headings = ["step", "experts", "loss, bare", "loss", "perplexity ratio", "95 % interval", ""]
+    table(headings, rows, "On validation text")
 
 
 def _show_candidates(found: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from moesurgeon.errors import InputError, NothingToDo, ProfileError, UsageError
 from moesurgeon.pipeline.options import HealSpec
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.surgery.anatomy import Anatomy
-from moesurgeon.surgery.prune import Kept, check_count
+from moesurgeon.surgery.plan import EditPlan
+from moesurgeon.surgery.prune import Kept, check_count, plan_prune
 
 if TYPE_CHECKING:
     from moesurgeon.profiling.artefact import Profile
@@ -28,6 +30,11 @@ class PruneSpec:
     share to remove) or ``below`` (as many as have under this share of the tokens in every layer). ``criterion`` None:
     reap, with ``below`` frequency. ``seed`` is for the random criterion. ``heal``: repair the layers on text before
     writing.
+
+    ``stages``: cut in several steps, each with a new profile, as ``selection.counts`` reads it (or a list of counts).
+    ``gates``: what the result of each step has to fulfil on validation text, or it is rolled back. ``search``: find the
+    smallest count that does. ``run``: the folder that stages are kept in (None: beside the output, until it is
+    written).
     """
 
     profile: Path | None = None
@@ -38,6 +45,15 @@ class PruneSpec:
     criterion: str | None = None
     seed: int = 0
     heal: HealSpec | None = None
+    stages: str | tuple[int, ...] | None = None
+    gates: tuple[str, ...] = ()
+    search: bool = False
+    run: Path | None = None
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether the cut is judged, in one step or several."""
+        return self.stages is not None or bool(self.gates) or self.search
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,23 @@ class Choice:
     record: dict[str, Any]
     evidence: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+
+def plan_chosen(anatomy: Anatomy, choice: Choice, spec: PruneSpec) -> EditPlan:
+    """Plan to keep what was chosen; InputError where a file made a choice that cannot be."""
+    try:
+        return with_how(plan_prune(anatomy, choice.kept), choice.record)
+    except UsageError as error:
+        if spec.keep_experts is None:
+            raise
+        raise InputError(f"{spec.keep_experts}: {error}") from error
+
+
+def with_how(plan: EditPlan, how: Mapping[str, Any]) -> EditPlan:
+    """Return a plan to prune whose record says ``how`` the experts were chosen."""
+    if not plan.record:
+        return plan
+    return EditPlan(plan.outputs, plan.dropped, plan.config, [{**plan.record[0], **how}])
 
 
 def choose(subject: Subject, spec: PruneSpec, *, dry_run: bool = False) -> Choice:

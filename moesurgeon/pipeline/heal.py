@@ -61,6 +61,20 @@ class Healer:
         self.teacher = Stream(sources[-1])
         self._progress = progress
 
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return window_length(self.subject, Text(traces=self.spec.traces, length=self.spec.length))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a result depends on besides the checkpoint and ``spec``: teacher, text, place and precision."""
+        return {
+            "teacher": self._teacher_name,
+            "traces": dict(self.train.hashes),
+            "heldout_traces": dict(self.judge.hashes),
+            "placement": str(self._student_source.placement),
+        }
+
     def student(self, plan: EditPlan) -> Stream:
         """Return what ``plan`` makes of the checkpoint, ready to walk."""
         return Stream(self._student_source, Overlay(plan=plan))

@@ -6,16 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from moesurgeon.checkpoint.open import CONFIG_NAME
-from moesurgeon.errors import InputError, NothingToDo, UsageError
-from moesurgeon.pipeline.choice import PruneSpec, choose
+from moesurgeon.errors import NothingToDo
+from moesurgeon.pipeline.choice import PruneSpec, choose, plan_chosen
 from moesurgeon.pipeline.options import Running, Writing
-from moesurgeon.pipeline.subject import open_subject
+from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.write import finish_healed, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.surgery.anatomy import Anatomy
-from moesurgeon.surgery.plan import EditPlan
-from moesurgeon.surgery.prune import Kept, plan_prune, with_mtp_layers
+from moesurgeon.surgery.prune import with_mtp_layers
 
 
 def prune(
@@ -25,25 +24,36 @@ def prune(
     progress: Progress = SILENT,
     running: Running | None = None,
 ) -> dict[str, Any]:
-    """Write ``source`` without the experts that ``spec`` does not keep, healed if it says how."""
+    """Write ``source`` without the experts that ``spec`` does not keep, healed if it says how, judged if it asks."""
     subject = open_subject(source)
+    anatomy = subject.anatomy
+    if spec.is_staged:
+        from moesurgeon.pipeline.stages import prune_in_stages  # runs the model
+
+        report = prune_in_stages(subject, spec, writing, progress, running or Running())
+        named = spec.keep_experts is not None
+    else:
+        report, named = _at_once(subject, spec, writing, progress, running or Running())
+    after = report["experts_after"]
+    report["warnings"] += [*_unmeasured(anatomy, after, named=named), *parallel_warnings(anatomy.experts, after)]
+    for warning in report["warnings"]:
+        progress.note(f"note: {warning}")
+    return report
+
+
+def _at_once(
+    subject: Subject, spec: PruneSpec, writing: Writing, progress: Progress, running: Running
+) -> tuple[dict[str, Any], bool]:
+    """Return the report, and whether the choice names layers for multi-token prediction as well."""
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     choice = choose(subject, spec, dry_run=writing.dry_run)
     kept, how = with_mtp_layers(anatomy, choice.kept), choice.record
     if spec.below is not None and writing.dry_run:
         writing = replace(writing, allow_noop=True)  # asked for what is cold, that nothing is cold is an answer
-    try:
-        plan = plan_prune(anatomy, kept)
-    except UsageError as error:
-        if spec.keep_experts is None:
-            raise
-        raise InputError(f"{spec.keep_experts}: {error}") from error
+    plan = plan_chosen(anatomy, choice, spec)
     if plan.changes_nothing and not writing.allow_noop:
         raise NothingToDo(f"nothing to prune: all {anatomy.experts} experts of every layer would stay; keep fewer")
-    if plan.record:
-        plan = EditPlan(plan.outputs, plan.dropped, plan.config, [{**plan.record[0], **how}])
-    after = plan.result(anatomy).experts
     report = {
         "kept": {str(layer): list(kept[layer]) for layer in sorted(kept)},
         "dropped": {
@@ -51,26 +61,20 @@ def prune(
             for layer in sorted(kept)
         },
         "experts_before": anatomy.experts,
-        "experts_after": after,
-        "warnings": [
-            *choice.warnings,
-            *_unmeasured(anatomy, choice.kept, after),
-            *parallel_warnings(anatomy.experts, after),
-        ],
+        "experts_after": plan.result(anatomy).experts,
+        "warnings": [*choice.warnings],
         "stages": [],
         **choice.evidence,
         **how,
-        **finish_healed(plan, subject, spec.heal, running or Running(), writing, progress),
+        **finish_healed(plan, subject, spec.heal, running, writing, progress),
     }
-    for warning in report["warnings"]:
-        progress.note(f"note: {warning}")
-    return report
+    return report, set(anatomy.mtp_layers) <= set(choice.kept)
 
 
-def _unmeasured(anatomy: Anatomy, chosen: Kept, after: int) -> list[str]:
-    """Say what was decided without being measured."""
+def _unmeasured(anatomy: Anatomy, after: int, *, named: bool) -> list[str]:
+    """Say what was decided without being measured; ``named``: by a file for layers of multi-token prediction, too."""
     warnings = []
-    followers = [layer for layer in anatomy.mtp_layers if layer not in chosen]
+    followers = [] if named else list(anatomy.mtp_layers)
     if followers and after < anatomy.experts:
         warnings.append(
             f"{_layers(followers)} (multi-token prediction) as layer {max(anatomy.moe_layers)}: nothing was measured "

@@ -7,7 +7,6 @@ stages under ``stages/``, the last one as ``checkpoint/``, and at the very end `
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -23,6 +22,8 @@ from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate, read_gate
 from moesurgeon.pipeline.heal import check_heal
 from moesurgeon.pipeline.inspect import inspect
+from moesurgeon.pipeline.journal import NAME as JOURNAL
+from moesurgeon.pipeline.journal import append, write_whole
 from moesurgeon.pipeline.options import HealSpec, Text, Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
@@ -38,7 +39,7 @@ from moesurgeon.surgery.prune import check_count, plan_prune
 from moesurgeon.surgery.retop import plan_retop
 from moesurgeon.traces.documents import Split
 
-_JOURNAL, _FIGURES = "journal.jsonl", "figures.json"
+_FIGURES = "figures.json"
 _ENTROPY_TOKENS = 12288  # for a stage's utilisation figures; a cut is decided on the profile step's own
 
 
@@ -58,7 +59,7 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
     previous = _make_way(output)
     started = time.monotonic()
     stages = [_measured(recipe, "original", recipe.checkpoint, folder / "usage" / "00-original", {}, progress)]
-    _log(folder, stages[-1])
+    append(folder / JOURNAL, stages[-1])
     current, taken = recipe.checkpoint, None
     writing_steps = [number for number, step in enumerate(recipe.steps, start=1) if step.name != "profile"]
     for number, step in enumerate(recipe.steps, start=1):
@@ -68,7 +69,7 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
             text = replace(recipe.text, split=recipe.text.split or "calibration", max_tokens=step.profile.max_tokens)
             profile(current, ProfileOutput(output=place), text, recipe.running, progress)
             taken = place
-            _log(folder, {"stage": step.name, "profile": str(place.relative_to(folder))})
+            append(folder / JOURNAL, {"stage": step.name, "profile": str(place.relative_to(folder))})
             continue
         last = number == writing_steps[-1]
         target = folder / "checkpoint" if last else place
@@ -77,7 +78,7 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
         usage_folder = folder / "usage" / f"{number:02d}-{step.name}"
         spec = EvaluateSpec(gates=(recipe.gate,)) if last and recipe.gate else None
         stages.append(_measured(recipe, step.name, current, usage_folder, report, progress, spec=spec))
-        _log(folder, stages[-1])
+        append(folder / JOURNAL, stages[-1])
     figures = {
         "recipe": str(recipe_path),
         "checkpoint": current,
@@ -85,8 +86,8 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
         "seconds": time.monotonic() - started,
         **({"gate": gate} if (gate := stages[-1].pop("gate", None)) else {}),
     }
-    _write_whole(folder / _FIGURES, json.dumps(figures, indent=2) + "\n")
-    if (previous / _JOURNAL).is_file():
+    write_whole(folder / _FIGURES, json.dumps(figures, indent=2) + "\n")
+    if (previous / JOURNAL).is_file():
         shutil.rmtree(previous)
     return {"output": str(folder), **figures}
 
@@ -218,28 +219,14 @@ def _make_way(output: RunOutput) -> Path:
     folder = output.output
     previous = folder.with_name(f"{folder.name}.previous")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / _JOURNAL).is_file() or not (folder / "stages").is_dir():
+        if not (folder / JOURNAL).is_file() or not (folder / "stages").is_dir():
             raise UsageError(f"{folder} exists and is not the folder of a run; choose another")
         if not output.overwrite:
             raise UsageError(f"{folder} holds a run already; choose another folder or add --overwrite")
-        if (previous / _JOURNAL).is_file():  # then what is in the folder failed
+        if (previous / JOURNAL).is_file():  # then what is in the folder failed
             shutil.rmtree(folder)
         else:
             folder.rename(previous)
     (folder / "stages").mkdir(parents=True)
-    (folder / _JOURNAL).touch()
+    (folder / JOURNAL).touch()
     return previous
-
-
-def _log(folder: Path, entry: Mapping[str, Any]) -> None:
-    with (folder / _JOURNAL).open("a", encoding="utf-8") as journal:
-        journal.write(json.dumps(entry) + "\n")
-        journal.flush()
-        os.fsync(journal.fileno())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)

@@ -1,0 +1,254 @@
+"""A cut in stages: cut, profile again, heal, judge on text that was not learnt from, accept or roll back.
+
+No stage writes a checkpoint. A stage is an overlay on the source, and what it made anew waits in the folder of
+stages (``stage_folder``); the accepted end is written once. A search tries counts, each as a cut of its own from
+the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import moesurgeon
+from moesurgeon.checkpoint.open import CONFIG_NAME
+from moesurgeon.errors import GateFailed
+from moesurgeon.evaluation.figures import figures_of
+from moesurgeon.evaluation.gate import Gate, failure
+from moesurgeon.evaluation.summary import summarise
+from moesurgeon.pipeline.choice import Choice, PruneSpec, choose, choose_by
+from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
+from moesurgeon.pipeline.heal import Healer, healer
+from moesurgeon.pipeline.options import Running, Text, Writing
+from moesurgeon.pipeline.stage_folder import StageFolder, stage_folder
+from moesurgeon.pipeline.stage_profile import stage_profile
+from moesurgeon.pipeline.stage_state import State, counts_of, heal_of
+from moesurgeon.pipeline.subject import Subject
+from moesurgeon.pipeline.write import finish, refuse_output
+from moesurgeon.progress import Progress
+from moesurgeon.selection.choose import best
+from moesurgeon.surgery.layouts import plan_layout
+from moesurgeon.surgery.plan import identity
+from moesurgeon.surgery.prune import plan_prune, with_mtp_layers
+
+
+def prune_in_stages(
+    subject: Subject, spec: PruneSpec, writing: Writing, progress: Progress, running: Running
+) -> dict[str, Any]:
+    """Write ``subject`` as its last accepted stage leaves it; the report's ``gate`` says if a later one failed.
+
+    Raises GateFailed, and writes nothing, where not even the first stage passes.
+    """
+    anatomy = subject.anatomy
+    refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
+    heal = heal_of(spec)
+    text = Text(traces=heal.traces, length=heal.length)
+    gate = read_gate(subject, text, EvaluateSpec(gates=spec.gates), has_teacher=True)
+    counts = counts_of(subject, spec)
+    if writing.layout is not None:  # what it refuses, before the work
+        plan_layout(anatomy, writing.layout)
+    if writing.dry_run:
+        return _planned(subject, spec, counts, writing, progress)
+    first = State.of_source(anatomy)
+    # For the memory any experts will do.
+    like = best(
+        np.zeros((len(anatomy.moe_layers), anatomy.experts)), anatomy.moe_layers, max(counts), anatomy.groups[0]
+    )
+    folder = spec.run or writing.output.with_name(f".{writing.output.name}.stages")
+    with healer(subject, heal, running, progress, like=plan_prune(anatomy, like)) as open_healer:
+        digest = _digest(subject, spec, open_healer)
+        with stage_folder(folder, digest, stays=spec.run is not None) as stages:
+            work = _Stages(subject, spec, open_healer, stages, gate, progress)
+            end = work.search(first, counts) if spec.search else work.one_by_one(first, counts)
+            return {**work.report(end), **finish(end.plan, subject, writing, progress)}
+
+
+class _Stages:
+    """The stages of one cut, judged by ``gate`` (None: each is accepted)."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        spec: PruneSpec,
+        open_healer: Healer,
+        folder: StageFolder,
+        gate: Gate | None,
+        progress: Progress,
+    ) -> None:
+        self._subject, self._spec, self._healer = subject, spec, open_healer
+        self._folder, self._gate, self._progress = folder, gate, progress
+        self._lines: list[dict[str, Any]] = []
+
+    def one_by_one(self, state: State, counts: tuple[int, ...]) -> State:
+        """Return the state after the last stage that passes."""
+        for number, count in enumerate(counts, start=1):
+            after = self._attempt(f"stage-{number:02d}", state, count)
+            if after is None:
+                if number == 1:
+                    self._nothing_passed()
+                break
+            state = after
+        return state
+
+    def search(self, source: State, counts: tuple[int, ...]) -> State:
+        """Return the cut to the smallest of ``counts`` (falling) that passes, if what is above it does as well.
+
+        Bisection: a count counts as failed once a larger one has failed.
+        """
+        passing, best, low, high = None, "", 0, len(counts)
+        while low < high:  # counts[:low] pass, counts[high:] fail
+            middle = (low + high) // 2
+            name = f"count-{counts[middle]:04d}"
+            after = self._attempt(name, source, counts[middle])
+            if after is None:
+                high = middle
+                continue
+            if best:
+                self._folder.forget(best)
+            passing, best, low = after, name, middle + 1
+        if passing is None:
+            self._nothing_passed()
+        assert passing is not None
+        return passing
+
+    def report(self, end: State) -> dict[str, Any]:
+        """Return what ``prune`` reports of the stages that led to ``end``."""
+        accepted = [line for line in self._lines if line["accepted"]]
+        last = min(accepted, key=lambda line: line["experts_after"])
+        judged = last if self._spec.search else self._lines[-1]
+        experts = self._subject.anatomy.experts
+        return {
+            "kept": {str(layer): list(left) for layer, left in end.left.items()},
+            "dropped": {
+                str(layer): [expert for expert in range(experts) if expert not in left]
+                for layer, left in end.left.items()
+            },
+            "experts_before": experts,
+            "experts_after": end.anatomy.experts,
+            "criterion": last["criterion"],
+            "stages": self._lines,
+            "healing": last["healing"],
+            "healed": last["healed"],
+            "warnings": [f"{line['stage']}: {warning}" for line in accepted for warning in line["warnings"]],
+            **({"gate": judged["gate"]} if self._gate else {}),
+        }
+
+    def _attempt(self, name: str, state: State, count: int) -> State | None:
+        """Cut ``state`` to ``count`` experts, heal and judge; return the new state, None if it is rolled back."""
+        known = self._folder.judged(name)
+        if known is None:
+            known = self._judge(name, state, count)
+        else:
+            self._progress.note(f"{name}: judged before, {'accepted' if known['accepted'] else 'rolled back'}")
+        self._lines.append(known)
+        if not known["accepted"] or (self._spec.search and not (self._folder.path / name).exists()):
+            return None if not known["accepted"] else state  # forgotten: a smaller count passed since
+        kept, how = self._folder.choice(name)
+        cut = state.cut(kept, how)
+        return cut.with_healed(self._folder.healed(name, cut.anatomy))
+
+    def _judge(self, name: str, state: State, count: int) -> dict[str, Any]:
+        self._progress.note(f"{name}: {state.anatomy.experts} -> {count} experts per layer")
+        choice = self._chosen(name, state, count)
+        kept = with_mtp_layers(state.anatomy, choice.kept)
+        cut = state.cut(kept, choice.record)
+        plan, healed, measured = self._healer.heal(cut.plan)
+        figures = summarise(measured)
+        verdict = self._gate.judge(figures_of(figures)) if self._gate else None
+        accepted = verdict is None or bool(verdict["passed"])
+        line = {
+            "accepted": accepted,
+            "experts_before": state.anatomy.experts,
+            "experts_after": count,
+            "kept": {str(layer): list(left) for layer, left in cut.left.items()},
+            "dropped": {
+                str(layer): [expert for expert in state.left[layer] if expert not in left]
+                for layer, left in cut.left.items()
+            },
+            **choice.record,
+            "evidence": choice.evidence,
+            "warnings": choice.warnings,
+            "healing": healed.pop("layers"),
+            "healed": healed,
+            "judged": figures,
+            **({"gate": verdict} if verdict else {}),
+        }
+        if accepted:
+            self._folder.accept(name, line, kept, choice.record, plan)
+        else:
+            self._progress.note(f"{name}: rolled back, {failure(verdict or {})}")
+            self._folder.reject(name, line)
+        return self._folder.entries[-1]
+
+    def _chosen(self, name: str, state: State, count: int) -> Choice:
+        """Choose by the profile that was given, for the source; by a new one of the overlay for what came of it."""
+        spec = replace(self._spec, keep=count, ratio=None, below=None)
+        is_source = state.anatomy.experts == self._subject.anatomy.experts
+        if is_source and (spec.profile or spec.keep_experts):
+            return choose(self._subject, spec if spec.keep_experts is None else self._spec)
+        place = self._folder.path / ("profile" if is_source else f"{name}.profile")
+        profile = stage_profile(
+            self._healer, state.plan, place, self._subject.fingerprint, spec.criterion, self._progress
+        )
+        return choose_by(state.anatomy, spec, profile)
+
+    def _nothing_passed(self) -> None:
+        verdict = self._lines[-1]["gate"]
+        raise GateFailed(
+            f"{failure(verdict)} already with {max(line['experts_after'] for line in self._lines)} of "
+            f"{self._subject.anatomy.experts} experts; nothing was written: cut or ask for less, or heal on more text"
+        )
+
+
+def _planned(
+    subject: Subject, spec: PruneSpec, counts: tuple[int, ...], writing: Writing, progress: Progress
+) -> dict[str, Any]:
+    """Return what a dry run says: how many stay after each stage; which ones is for the stages to find out."""
+    experts = subject.anatomy.experts
+    return {
+        "kept": {},
+        "dropped": {},
+        "experts_before": experts,
+        "experts_after": min(counts),
+        "criterion": spec.criterion or "reap",
+        "stages": [{"stage": f"stage-{n:02d}", "experts_after": count} for n, count in enumerate(counts, start=1)]
+        if not spec.search
+        else [{"stage": f"count-{count:04d}", "experts_after": count} for count in counts],
+        "healing": [],
+        "healed": {"planned": asdict(heal_of(spec))},
+        "warnings": [],
+        **finish(identity(subject.anatomy), subject, replace(writing, allow_noop=True), progress),
+    }
+
+
+def _digest(subject: Subject, spec: PruneSpec, open_healer: Healer) -> str:
+    """Return a hash of all that the stages depend on."""
+    facts: dict[str, Any] = {
+        "version": moesurgeon.__version__,
+        "source": subject.fingerprint,
+        "spec": {name: value for name, value in asdict(spec).items() if name != "run"},
+        "files": [_content(path) for path in (spec.profile, spec.keep_experts)],
+        **open_healer.facts(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _content(path: Path | None) -> str | None:
+    """Return a hash of a file, or of the files in a folder."""
+    if path is None or not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for each in _files(path):
+        with each.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    yield from sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
