@@ -9,6 +9,7 @@ import typer
 from moesurgeon.cli import options
 from moesurgeon.cli.output import Report, answer, table
 from moesurgeon.cli.sizes import bytes_of
+from moesurgeon.cli.texts import text_of
 from moesurgeon.progress import Progress
 
 NAME = "evaluate"
@@ -52,17 +53,9 @@ def command(
 
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate
-        from moesurgeon.pipeline.options import Running, Text
-        from moesurgeon.traces.budgets import named_values
+        from moesurgeon.pipeline.options import Running
 
-        text = Text(
-            traces=tuple(traces),
-            split=split,
-            max_tokens=max_tokens,
-            length=length,
-            budgets=dict(named_values("--budget", budget)),
-            sample=sample,
-        )
+        text = text_of(traces, split=split, max_tokens=max_tokens, length=length, budget=budget, sample=sample)
         running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
         spec = EvaluateSpec(gates=tuple(gate), continuations=continuations, new_tokens=new_tokens)
         return evaluate(checkpoint, against, text, running, progress, spec)

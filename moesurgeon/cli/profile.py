@@ -10,6 +10,7 @@ import typer
 from moesurgeon.cli import options
 from moesurgeon.cli.output import Report, answer, bar, table
 from moesurgeon.cli.sizes import bytes_of
+from moesurgeon.cli.texts import text_of
 from moesurgeon.progress import Progress
 
 NAME = "profile"
@@ -56,18 +57,11 @@ def command(
     """
 
     def work(progress: Progress) -> Report:
-        from moesurgeon.pipeline.options import Running, Text
+        from moesurgeon.pipeline.options import Running
         from moesurgeon.pipeline.profile import ProfileOutput, profile
-        from moesurgeon.traces.budgets import named_values
 
-        text = Text(
-            traces=tuple(traces),
-            split=split,
-            max_tokens=max_tokens,
-            length=length,
-            budgets=dict(named_values("--budget", budget)),
-            weights=dict(named_values("--weight", weight)),
-            sample=sample,
+        text = text_of(
+            traces, split=split, max_tokens=max_tokens, length=length, budget=budget, sample=sample, weight=weight
         )
         running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
         wanted = ProfileOutput(

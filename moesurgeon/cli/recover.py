@@ -9,6 +9,7 @@ import typer
 from moesurgeon.cli import options
 from moesurgeon.cli.output import Report, answer
 from moesurgeon.cli.sizes import bytes_of
+from moesurgeon.cli.texts import text_of
 from moesurgeon.cli.written import show_written
 from moesurgeon.progress import Progress
 
@@ -54,11 +55,10 @@ def command(
     """Adapt the routers of an edited checkpoint to what is left (low-rank, distilled from the teacher)."""
 
     def work(progress: Progress) -> Report:
-        from moesurgeon.pipeline.options import Running, Text, Writing
+        from moesurgeon.pipeline.options import Running, Writing
         from moesurgeon.pipeline.recover import RecoverSpec, recover
         from moesurgeon.recovery.objective import Losses
         from moesurgeon.recovery.train import Schedule
-        from moesurgeon.traces.budgets import named_values
 
         schedule = Schedule(
             steps=steps,
@@ -75,14 +75,7 @@ def command(
             schedule=schedule,
             heldout_tokens=heldout_tokens,
         )
-        text = Text(
-            traces=tuple(traces),
-            split=split,
-            max_tokens=max_tokens,
-            length=length,
-            budgets=dict(named_values("--budget", budget)),
-            sample=sample,
-        )
+        text = text_of(traces, split=split, max_tokens=max_tokens, length=length, budget=budget, sample=sample)
         writing = Writing(
             output=output,
             layout=layout,

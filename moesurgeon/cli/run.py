@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +45,7 @@ def _show(report: Report) -> None:
         *([f"  {domain}", *(f"{stage['domains'][domain]:.3f}" for stage in stages)] for domain in stages[0]["domains"]),
         ["perplexity ratio", *(f"{stage['perplexity_ratio']:.3f}" for stage in stages)],
         ["  95 % interval", *(_interval(stage["ratio_interval"]) for stage in stages)],
+        *_bare(stages),
     ]
     table(["", *(stage["stage"] for stage in stages)], rows, "On held-out text (report split)")
     for stage in stages:
@@ -53,6 +54,16 @@ def _show(report: Report) -> None:
                 f"{stage['stage']} closed {stage['gap_closed']:.1%} of the loss gap to the original (validation split)"
             )
     print(f"checkpoint: {report['checkpoint']}; figures: {report['output']}/figures.json ({report['seconds']:.0f} s)")
+
+
+def _bare(stages: list[dict[str, Any]]) -> list[list[str]]:
+    """Return rows of what the cuts cost before they were healed; none where nothing was."""
+    if not any("bare" in stage for stage in stages):
+        return []
+    return [
+        [heading, *(f"{stage['bare'][name]:.3f}" if "bare" in stage else "" for stage in stages)]
+        for heading, name in (("bare cut: perplexity", "perplexity"), ("bare cut: ratio", "perplexity_ratio"))
+    ]
 
 
 def _interval(bounds: list[float]) -> str:

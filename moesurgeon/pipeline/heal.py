@@ -33,7 +33,7 @@ def check_heal(spec: HealSpec) -> None:
     """Raise UsageError for what no healing can be done with; reads nothing."""
     if spec.method not in METHODS:
         raise UsageError(f"--heal-method {spec.method} is not one of {', '.join(METHODS)}")
-    trace_specs(Text(traces=spec.traces))
+    trace_specs(Text(traces=spec.traces, sample=spec.sample))
 
 
 class Healer:
@@ -144,10 +144,14 @@ def healer(
     check_heal(spec)
     other = _teacher(subject, spec)
     placement = place(running.device, running.dtype, subject.stored_dtype)
-    text = Text(traces=spec.traces, max_tokens=spec.max_tokens, length=spec.length)
+    text = Text(
+        traces=spec.traces, split=spec.split, max_tokens=spec.max_tokens, length=spec.length, sample=spec.sample
+    )
     train = read_text(subject, text, builtin_split="calibration", own_split="train")
     judge = read_text(
-        subject, replace(text, max_tokens=spec.heldout_tokens, split="validation"), builtin_split="validation"
+        subject,
+        replace(text, max_tokens=spec.heldout_tokens, split="validation", sample=None),
+        builtin_split="validation",
     )
     with ExitStack() as stack:
         sources = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.traces.documents import Split
@@ -70,10 +70,11 @@ class Running:
 class HealSpec:
     """What heals a cut: the text, how much of it, and by which ``method`` ("none": only measure the damage).
 
-    ``traces`` are read in their calibration split (a user's own in the train split, the largest);
-    ``heldout_tokens`` of their validation split judge every step and the whole. In a recipe, traces and
+    ``traces`` are read in their calibration split (a user's own in the train split, the largest) unless ``split``
+    names one; ``heldout_tokens`` of their validation split judge every step and the whole. In a recipe, traces and
     ``length`` are the recipe's where none are given. ``teacher``: the checkpoint to come back to (None: the one
-    that is cut; in a recipe the first).
+    that is cut; in a recipe the first). ``sample``: heal on a uniform sample of all documents by this seed rather
+    than on the first ones; the text that judges stays the same.
     """
 
     traces: tuple[str, ...] = ()
@@ -82,4 +83,6 @@ class HealSpec:
     max_tokens: Annotated[int, Ge(8)] = 98304
     heldout_tokens: Annotated[int, Ge(8)] = 16384
     length: int | None = None
+    split: Literal["train", "calibration"] | None = None
+    sample: Annotated[int, Ge(0), Lt(2**63)] | None = None
     pace: Pace = field(default_factory=Pace)

@@ -19,6 +19,7 @@ import numpy as np
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
+from moesurgeon.pipeline.bare import bare_figures
 from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate, read_gate
 from moesurgeon.pipeline.heal import check_heal
 from moesurgeon.pipeline.inspect import inspect
@@ -74,10 +75,11 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
         last = number == writing_steps[-1]
         target = folder / "checkpoint" if last else place
         report = _write(recipe, step, current, taken, target, progress)
+        bare = _bare(recipe, step, current, report, stages[0], progress)
         current = str(target)
         usage_folder = folder / "usage" / f"{number:02d}-{step.name}"
         spec = EvaluateSpec(gates=(recipe.gate,)) if last and recipe.gate else None
-        stages.append(_measured(recipe, step.name, current, usage_folder, report, progress, spec=spec))
+        stages.append({**_measured(recipe, step.name, current, usage_folder, report, progress, spec=spec), **bare})
         append(folder / JOURNAL, stages[-1])
     figures = {
         "recipe": str(recipe_path),
@@ -200,6 +202,21 @@ def _measured(
         "gap_closed": _gap_closed(report),
         **({"gate": quality["gate"]} if "gate" in quality else {}),
     }
+
+
+def _bare(
+    recipe: Recipe,
+    step: Step,
+    source: str,
+    report: Mapping[str, Any],
+    original: Mapping[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return ``bare``: the figures of a step that healed without its healing; of other steps nothing."""
+    if report.get("healed", {}).get("method", "none") == "none":
+        return {}
+    found = bare_figures(source, step, report, _text(recipe, "report", recipe.report_tokens), recipe.running, progress)
+    return {"bare": {**found, "perplexity_ratio": found["perplexity"] / original["perplexity"]}}
 
 
 def _gap_closed(report: Mapping[str, Any]) -> float | None:

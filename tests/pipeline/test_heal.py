@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,31 @@ def test_two_cuts_come_back_to_the_first_checkpoint(tiny_mixtral: Subject, tmp_p
     assert losses[tiny_mixtral.name]["teacher"] < losses[None]["teacher"]
     assert losses[tiny_mixtral.name]["bare"] == losses[None]["bare"]
     assert losses[tiny_mixtral.name]["healed"] < losses[None]["healed"]
+
+
+def test_a_sample_heals_on_other_documents_and_is_judged_on_the_same(tiny_mixtral: Subject, tmp_path: Path) -> None:
+    reports = {
+        seed: _retop(tiny_mixtral, tmp_path / f"{seed}", replace(RIDGE, method="scale", sample=seed))["healed"]
+        for seed in (None, 1, 2)
+    }
+    assert len({report["traces"]["logs"] for report in reports.values()}) == 3
+    assert len({report["heldout_traces"]["logs"] for report in reports.values()}) == 1
+    assert len({report["heldout"]["bare"] for report in reports.values()}) == 1
+    with pytest.raises(UsageError, match="is no seed"):
+        _retop(tiny_mixtral, tmp_path / "out", replace(RIDGE, sample=-1))
+
+
+def test_one_s_own_text_heals_in_the_split_that_is_asked_for(tiny_mixtral: Subject, tmp_path: Path) -> None:
+    """Of what a checkpoint was trained on, the calibration split may be all that it has not seen."""
+    source = tmp_path / "own.jsonl"
+    lines = (json.dumps({"text": f"{number} squared is {number**2}, and cubed {number**3}."}) for number in range(400))
+    source.write_text("\n".join(lines))
+    spec = HealSpec(traces=(str(source),), method="scale", max_tokens=512, heldout_tokens=256)
+    hashes = {
+        split: _retop(tiny_mixtral, tmp_path / f"{split}", replace(spec, split=split))["healed"]["traces"]["own"]
+        for split in (None, "train", "calibration")
+    }
+    assert hashes[None] == hashes["train"] != hashes["calibration"]
 
 
 def test_another_kind_of_teacher_is_refused(tiny_mixtral: Subject, tmp_path: Path) -> None:

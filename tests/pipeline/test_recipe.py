@@ -112,6 +112,8 @@ def test_error_names_the_file_and_the_place(tmp_path: Path) -> None:
     [
         ("{method: magic}", r"steps\.0\.retop\.heal\.method: input should be 'none', 'scale', 'ridge' or 'distill'"),
         ("{pace: {steps: 0}}", r"steps\.0\.retop\.heal\.pace\.steps: "),
+        ("{split: validation}", r"steps\.0\.retop\.heal\.split: input should be 'train' or 'calibration'"),
+        ("{sample: -1}", r"steps\.0\.retop\.heal\.sample: "),
         ("{max_tokens: 7}", r"steps\.0\.retop\.heal\.max_tokens: "),
         ("{step: 7}", r"steps\.0\.retop\.heal\.step: there is no such key"),
     ],

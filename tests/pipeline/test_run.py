@@ -12,11 +12,18 @@ import pytest
 from moesurgeon.cli.run import _show as show
 from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.pipeline import run as module
+from moesurgeon.pipeline.bare import bare_plan
+from moesurgeon.pipeline.choice import PruneSpec
+from moesurgeon.pipeline.evaluate import evaluate
 from moesurgeon.pipeline.inspect import inspect
-from moesurgeon.pipeline.options import HealSpec
+from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
+from moesurgeon.pipeline.recipe import Step
+from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.run import RunOutput, run
+from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.verify import verify
 from moesurgeon.profiling.artefact import load_profile
+from moesurgeon.surgery.retop import RetopSpec
 from tests.conftest import BUILTIN
 
 RECIPE = """
@@ -86,6 +93,29 @@ def test_figures_are_those_of_the_stages(done: Done) -> None:
         assert stage["perplexity_ratio"] == pytest.approx(stage["perplexity"] / original["perplexity"])
 
 
+def test_a_healed_step_shows_what_its_cut_cost_bare(done: Done, tmp_path: Path) -> None:
+    """As if the cut had been written without healing and evaluated."""
+    original, healed, *others = done.report["stages"]
+    assert "bare" not in original and not any("bare" in stage for stage in others)
+    text = Text(traces=("builtin:arithmetic", "js=builtin:json"), length=64, max_tokens=512, split="report")
+    retop(done.checkpoint, RetopSpec(top_k=1), Writing(output=tmp_path / "bare"))
+    wanted = evaluate(str(tmp_path / "bare"), done.checkpoint, text, Running())
+    bare = healed["bare"]
+    assert bare["loss"] == wanted["loss"] and bare["interval"] == wanted["interval"]
+    assert bare["domains"] == {domain: figures["perplexity"] for domain, figures in wanted["domains"].items()}
+    assert bare["perplexity_ratio"] == pytest.approx(wanted["against"]["perplexity_ratio"])
+    assert bare["perplexity"] > healed["perplexity"]
+
+
+def test_a_healed_prune_is_held_against_the_experts_that_it_kept(tiny: Subject) -> None:
+    kept = {
+        str(layer): list(range(tiny.anatomy.experts - 4, tiny.anatomy.experts)) for layer in tiny.anatomy.moe_layers
+    }
+    plan = bare_plan(tiny.anatomy, Step(prune=PruneSpec(keep=4)), {"kept": kept})
+    maps = plan.record[0]["expert_map"]
+    assert {layer: [int(old) for old in experts] for layer, experts in maps.items()} == kept
+
+
 def test_journal(done: Done) -> None:
     lines = [json.loads(line) for line in (done.folder / "journal.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == ["original", "retop", "profile", "prune", "recover"]
@@ -122,6 +152,9 @@ def test_table(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
     ):  # fmt: skip
         cells = [cell for cell in rows[row] if cell.strip()]
         assert len(cells) == len(STAGES), (row, cells)
+    (healed,) = (stage for stage in done.report["stages"] if "bare" in stage)
+    for row, name in (("perplexity", "perplexity"), ("ratio", "perplexity_ratio")):
+        assert "".join(rows[f"bare cut: {row}"]).split() == [f"{healed['bare'][name]:.3f}"]
     assert any(all(stage in line for stage in STAGES) for line in lines)
     assert any(line.startswith("retop closed ") and "% of the loss gap to the original" in line for line in lines)
     assert lines[-1].startswith(f"checkpoint: {done.folder / 'checkpoint'}; figures: {done.folder / 'figures.json'}")
@@ -211,8 +244,8 @@ def test_impossible_recipe_does_not_touch_an_earlier_run(recipe: Path, out: Path
 @pytest.mark.usefixtures("cheap")
 def test_healing_has_the_recipe_s_text_and_teacher(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[HealSpec] = []
-    monkeypatch.setattr(module, "retop", lambda *_given, heal, running: seen.append(heal))
-    monkeypatch.setattr(module, "prune", lambda _source, spec, *_given: seen.append(spec.heal))
+    monkeypatch.setattr(module, "retop", lambda *_given, heal, running: seen.append(heal) or {})
+    monkeypatch.setattr(module, "prune", lambda _source, spec, *_given: seen.append(spec.heal) or {})
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"checkpoint: {BUILTIN[0]}\ntext: {{traces: [js=builtin:json], length: 64}}\nsteps:\n"

@@ -184,7 +184,7 @@ def test_other_options_do_not_go_on_with_these_stages(
     with pytest.raises(UsageError, match="holds stages of another operation"):
         _prune(tiny_mixtral, tmp_path / "other", stages=(7,), run=run, heal=replace(RIDGE, max_tokens=2048))
     (run / "stage-01" / "healed.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="header|damaged|safetensors"):
+    with pytest.raises(InputError, match=r"header|damaged|safetensors"):
         _prune(tiny_mixtral, tmp_path / "other", stages=(7,), run=run)
     (run / "journal.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=r"journal.jsonl is damaged .* begin anew"):

@@ -1,0 +1,61 @@
+"""What a command's own options refuse: retop, layouts, recover, and the command line itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import TEXT
+from tests.cli.invoke import refused
+from tests.cli.refusals.places import MIXTRAL, USAGE
+
+
+def test_top_k(out: Path) -> None:
+    refused(USAGE, "retop", MIXTRAL, out, "--top-k", "0", says=("--top-k",))
+    refused(USAGE, "retop", MIXTRAL, out, "--top-k", "-1", says=("--top-k",))
+    refused(USAGE, "retop", MIXTRAL, out, "--top-k", "one", says=("--top-k",))
+    refused(USAGE, "retop", MIXTRAL, out, "--top-k", "3", says=("--top-k 3", "between 1 and", "2"))
+    refused(USAGE, "retop", MIXTRAL, out, "--top-k", "2", says=("nothing to do", "--allow-noop"))
+
+
+@pytest.mark.parametrize("command", ["retop", "prune", "recover"])
+def test_unknown_layout(command: str, out: Path, profiles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Before any work: recover must not train first.
+    monkeypatch.setattr("moesurgeon.pipeline.recover.load_model", pytest.fail)
+    arguments = {
+        "retop": ["retop", MIXTRAL, out],
+        "prune": ["prune", MIXTRAL, out, "--keep", "6", "--profile", profiles[MIXTRAL]],
+        "recover": ["recover", MIXTRAL, out, "--teacher", MIXTRAL, *TEXT],
+    }[command]
+    refused(USAGE, *arguments, "--layout", "sparse", says=("'sparse'", "per-expert, fused"))
+    refused(USAGE, *arguments, "--layout", "qwen2-moe", says=("DeepSeek-MoE v1", "not for Mixtral"))
+
+
+def test_recover_arguments(out: Path, top1: dict[str, Path]) -> None:
+    command = ("recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT)
+    refused(USAGE, *command, "--objective", "lm", says=("top-1 Mixtral", "use --objective distill"))
+    refused(USAGE, *command, "--objective", "hope", says=("--objective", "hope"))
+    refused(USAGE, "recover", MIXTRAL, out, says=("--teacher",))
+    for split in ("validation", "all"):
+        refused(USAGE, *command, "--split", split, says=("would train on the text that judges", "use train"))
+    for option in ("--steps", "--rank", "--judge-every", "--tokens-per-step", "--candidates", "--heldout-tokens"):
+        refused(USAGE, *command, option, "0", says=(option,))
+    for option in ("--learning-rate", "--balance", "--temperature", "--seed"):
+        refused(USAGE, *command, option, "-1", says=(option,))
+
+
+def test_recover_that_finds_nothing(out: Path, top1: dict[str, Path]) -> None:
+    few = ("--steps", "1", "--tokens-per-step", "64", "--heldout-tokens", "64", "--learning-rate", "0")
+    command = ("recover", top1[MIXTRAL], out, *TEXT, *few)
+    refused(USAGE, *command, "--teacher", MIXTRAL, says=("nothing better than the start", "--allow-noop"))
+    refused(USAGE, *command, "--teacher", top1[MIXTRAL], says=("its own teacher", "give the checkpoint before"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["frobnicate"], ["inspect"], ["retop", MIXTRAL], ["profile", MIXTRAL], ["run"], ["verify", MIXTRAL, MIXTRAL]],
+    ids=" ".join,
+)
+def test_wrong_usage(arguments: list[str]) -> None:
+    refused(USAGE, *arguments)
