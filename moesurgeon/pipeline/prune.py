@@ -16,6 +16,11 @@ from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import Kept, plan_prune, with_mtp_layers
+from moesurgeon.surgery.virtual import plan_virtual
+
+_VIRTUAL = (
+    "pruned virtually: no byte is saved, all experts are still stored and loaded; nobody is given to those that go"
+)
 
 
 def prune(
@@ -25,16 +30,17 @@ def prune(
     progress: Progress = SILENT,
     running: Running | None = None,
 ) -> dict[str, Any]:
-    """Write ``source`` without the experts that ``spec`` does not keep, healed if it says how."""
+    """Write ``source`` without the experts that ``spec`` does not keep (virtually: out of reach), healed if it says."""
     subject = open_subject(source)
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     choice = choose(subject, spec, dry_run=writing.dry_run)
-    kept, how = with_mtp_layers(anatomy, choice.kept), choice.record
+    how = choice.record
+    kept = dict(sorted(choice.kept.items())) if spec.virtual else with_mtp_layers(anatomy, choice.kept)
     if spec.below is not None and writing.dry_run:
         writing = replace(writing, allow_noop=True)  # asked for what is cold, that nothing is cold is an answer
     try:
-        plan = plan_prune(anatomy, kept)
+        plan = (plan_virtual if spec.virtual else plan_prune)(anatomy, kept)
     except UsageError as error:
         if spec.keep_experts is None:
             raise
@@ -52,9 +58,11 @@ def prune(
         },
         "experts_before": anatomy.experts,
         "experts_after": after,
+        "virtual": spec.virtual,
         "warnings": [
             *choice.warnings,
             *_unmeasured(anatomy, choice.kept, after),
+            *([_VIRTUAL] if spec.virtual and not plan.changes_nothing else []),
             *parallel_warnings(anatomy.experts, after),
         ],
         "stages": [],

@@ -141,4 +141,3 @@ def _put_out_of_reach(spec: TensorSpec, experts: Sequence[int]) -> Pure:
         return bytes(stored.tobytes())
 
     return Pure(f"out of reach {spec.dtype} {list(spec.shape)} {list(experts)}", function)
-
