@@ -36,7 +36,8 @@ def prune(
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     choice = choose(subject, spec, dry_run=writing.dry_run)
     how = choice.record
-    kept = dict(sorted(choice.kept.items())) if spec.virtual else with_mtp_layers(anatomy, choice.kept)
+    kept = {layer: tuple(sorted(choice.kept[layer])) for layer in sorted(choice.kept)}
+    kept = kept if spec.virtual else with_mtp_layers(anatomy, kept)
     if spec.below is not None and writing.dry_run:
         writing = replace(writing, allow_noop=True)  # asked for what is cold, that nothing is cold is an answer
     try:
