@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from moesurgeon.cli import options
+from moesurgeon.cli.explained import show_explained, show_protection
 from moesurgeon.cli.healed import heal_spec, show_healing
 from moesurgeon.cli.output import Report, answer, between, table
 from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.cli.written import show_written
+from moesurgeon.errors import UsageError
 from moesurgeon.progress import Progress
 
 NAME = "prune"
@@ -39,6 +41,27 @@ def command(
             help="frequency, gate, ean, man, reap, traffic-reap or random. Default: reap; with --below frequency."
         ),
     ] = None,
+    protect: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME[=SHARE]",
+            help="Keep the experts that carry this share of a domain's traffic (default: twice an even one), or are "
+            "its best by REAP. NAME: a domain of the profile, long-context, first-choice or low-support. Repeat for "
+            "more.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    virtual: Annotated[
+        bool,
+        typer.Option(
+            "--virtual",
+            help="Keep all tensors and put experts out of reach by their selection bias, in each layer as many as it "
+            "can spare; saves no bytes.",
+        ),
+    ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Show of each expert that goes who used it and who is given its tokens now."),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the random criterion.")] = 0,
     heal: Annotated[
         list[str],
@@ -92,6 +115,8 @@ def command(
     """Remove experts: the same number from every layer, chosen by what a profile measured."""
 
     def work(progress: Progress) -> Report:
+        if explain and profile is None:
+            raise UsageError("--explain tells what a profile says of the experts that go: give --profile")
         from moesurgeon.pipeline.choice import PruneSpec
         from moesurgeon.pipeline.options import Running, Writing
         from moesurgeon.pipeline.prune import prune
@@ -104,6 +129,8 @@ def command(
             keep_experts=keep_experts,
             criterion=criterion,
             seed=seed,
+            protect=tuple(protect),
+            virtual=virtual,
             heal=heal_spec(
                 heal, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router, teacher=heal_teacher
             ),
@@ -124,15 +151,23 @@ def command(
         running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
         return prune(source, spec, writing, progress, running)
 
-    answer(json, work, _show)
+    answer(json, work, lambda report: _show(report, explain))
 
 
-def _show(report: Report) -> None:
+def _show(report: Report, explain: bool) -> None:
     if "candidates" in report:
         _show_candidates(report["candidates"])
-    print(f"{report['experts_before']} -> {report['experts_after']} experts per layer, by {report['criterion']}")
+    if report["virtual"]:
+        counts = sorted({len(experts) for experts in report["kept"].values()})
+        many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+        print(f"{many} of {report['experts_before']} experts per layer can be chosen, by {report['criterion']}")
+    else:
+        print(f"{report['experts_before']} -> {report['experts_after']} experts per layer, by {report['criterion']}")
     for layer, experts in report["dropped"].items():
         print(f"  layer {layer} loses {', '.join(map(str, experts)) or 'none'}")
+    show_protection(report)
+    if explain:
+        show_explained(report)
     if report.get("stability"):
         found = report["stability"]
         enough = "" if found["tokens"] is None else f"; about {found['tokens']:,} tokens would settle the choice"

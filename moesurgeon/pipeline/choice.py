@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesurgeon.errors import InputError, NothingToDo, ProfileError, UsageError
+from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.options import HealSpec
+from moesurgeon.pipeline.spreading import spread_choice
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import Kept, check_count, plan_prune
+from moesurgeon.surgery.virtual import plan_virtual, refuse_without_bias
 
 if TYPE_CHECKING:
     from moesurgeon.profiling.artefact import Profile
-    from moesurgeon.profiling.statistics import Statistics
+    from moesurgeon.profiling.statistics import Array, Statistics
 
 _KEPT = '{"LAYER": [expert, ...]}'
 
@@ -28,8 +32,9 @@ class PruneSpec:
 
     Either ``keep_experts`` (a file with the choice) or ``profile`` with ``keep`` (a count per layer), ``ratio`` (the
     share to remove) or ``below`` (as many as have under this share of the tokens in every layer). ``criterion`` None:
-    reap, with ``below`` frequency. ``seed`` is for the random criterion. ``heal``: repair the layers on text before
-    writing.
+    reap, with ``below`` frequency. ``seed`` is for the random criterion. ``protect``: texts whose experts stay, each
+    NAME[=share] (``selection.protect``). ``virtual``: experts are put out of reach by their bias instead of removed,
+    so that layers may lose different numbers. ``heal``: repair the layers on text before writing.
 
     ``stages``: cut in several steps, each with a new profile, as ``selection.counts`` reads it (or a list of counts).
     ``gates``: what the result of each step has to fulfil on validation text, or it is rolled back. ``search``: find the
@@ -44,6 +49,8 @@ class PruneSpec:
     keep_experts: Path | None = None
     criterion: str | None = None
     seed: int = 0
+    protect: tuple[str, ...] = ()
+    virtual: bool = False
     heal: HealSpec | None = None
     stages: str | tuple[int, ...] | None = None
     gates: tuple[str, ...] = ()
@@ -69,7 +76,8 @@ class Choice:
 def plan_chosen(anatomy: Anatomy, choice: Choice, spec: PruneSpec) -> EditPlan:
     """Plan to keep what was chosen; InputError where a file made a choice that cannot be."""
     try:
-        return with_how(plan_prune(anatomy, choice.kept), choice.record)
+        plan = (plan_virtual if spec.virtual else plan_prune)(anatomy, choice.kept)
+        return with_how(plan, choice.record)
     except UsageError as error:
         if spec.keep_experts is None:
             raise
@@ -85,22 +93,32 @@ def with_how(plan: EditPlan, how: Mapping[str, Any]) -> EditPlan:
 
 def choose(subject: Subject, spec: PruneSpec, *, dry_run: bool = False) -> Choice:
     """Return the experts of ``subject`` that stay; in a ``dry_run`` of ``below`` that may be all."""
+    if spec.virtual:
+        refuse_without_bias(subject.anatomy)
     if spec.keep_experts is not None:
-        if (spec.profile, spec.keep, spec.ratio, spec.below) != (None, None, None, None):
-            raise UsageError("--keep-experts already says what stays: leave out --profile, --keep, --ratio and --below")
+        if (spec.profile, spec.keep, spec.ratio, spec.below, spec.protect) != (None, None, None, None, ()):
+            raise UsageError(
+                "--keep-experts already says what stays: leave out --profile, --keep, --ratio, --below and --protect"
+            )
         return Choice(_read_kept(spec.keep_experts), {"criterion": "keep-experts"})
     if spec.profile is None:
         raise UsageError("say what the choice is based on: give --profile (see moesurgeon profile) or --keep-experts")
     # Here: a quarter of the time to start goes into numpy, which a choice that was made needs not.
     from moesurgeon.profiling.artefact import load_profile
-    from moesurgeon.selection.choose import count_to_keep
+    from moesurgeon.selection.choose import check_budget, count_to_keep
 
-    count = count_to_keep(subject.anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
-    if count is not None:
-        check_count(subject.anatomy, count)
+    if spec.virtual:
+        check_budget(keep=spec.keep, ratio=spec.ratio, below=spec.below)
+    else:
+        count = count_to_keep(subject.anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
+        if count is not None:
+            check_count(subject.anatomy, count)
     profile = load_profile(spec.profile)
     _check_profile(profile, subject, spec.profile)
-    return choose_by(subject.anatomy, spec, profile, dry_run=dry_run)
+    choice = choose_by(subject.anatomy, spec, profile, dry_run=dry_run)
+    criterion = choice.record["criterion"]
+    why = explain_choice(subject.anatomy, profile, choice.kept, criterion, spec.seed, virtual=spec.virtual)
+    return replace(choice, evidence={**choice.evidence, **why})
 
 
 def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: bool = False) -> Choice:
@@ -108,23 +126,35 @@ def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: b
     from moesurgeon.selection.candidates import candidates, keep_above
     from moesurgeon.selection.choose import best, count_to_keep
     from moesurgeon.selection.criteria import scores_of
+    from moesurgeon.selection.protect import claims_of
 
     groups = anatomy.groups[0]
-    count = count_to_keep(anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
     statistics = profile.weighted
-    evidence: dict[str, Any] = {}
-    if count is None:
-        assert spec.below is not None
-        try:
-            count = keep_above(statistics, spec.below, _least(anatomy), groups)
-        except NothingToDo:
-            if not dry_run:
-                raise
-            count = anatomy.experts
-        evidence["candidates"] = candidates(statistics, spec.below, groups)
-    check_count(anatomy, count)
     criterion = spec.criterion or ("reap" if spec.below is None else "frequency")
-    kept = best(scores_of(statistics, criterion, spec.seed), statistics.layers, count, groups)
+    claims = claims_of(profile, spec.protect) if spec.protect else None
+    spared = None if claims is None else claims.protected
+    evidence: dict[str, Any] = {}
+    fixed: Mapping[int, Collection[int]] = {}
+    choose: Callable[..., Kept]
+    if spec.virtual:
+        fixed, choose = spread_choice(anatomy, spec, statistics, criterion, claims, dry_run=dry_run)
+    else:
+        count = count_to_keep(anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
+        if count is None:
+            assert spec.below is not None
+            try:
+                count = keep_above(statistics, spec.below, _least(anatomy), groups, spared)
+            except NothingToDo:
+                if not dry_run:
+                    raise
+                count = anatomy.experts
+        check_count(anatomy, count)
+        fixed = fixed if claims is None else claims.fixed(count // groups, groups)
+        choose = partial(best, layers=statistics.layers, count=count, groups=groups)
+    if spec.below is not None:
+        evidence["candidates"] = candidates(statistics, spec.below, groups, spared)
+    scores = scores_of(statistics, criterion, spec.seed)
+    kept = choose(scores, fixed=fixed)
     record: dict[str, Any] = {"criterion": criterion, "profile_traces": profile.origin.trace_hashes}
     if profile.origin.weights:
         record["domain_weights"] = profile.origin.weights
@@ -133,17 +163,28 @@ def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: b
     if criterion == "random":
         record["seed"] = spec.seed
     warnings: list[str] = []
-    if count < anatomy.experts and criterion != "random":
-        warnings = _weigh(statistics, criterion, kept, groups, evidence)
+    if claims is not None:
+        evidence["protection"] = claims.report(kept, choose(scores, fixed={}))
+        record["protect"] = evidence["protection"]["names"]
+        warnings += claims.warnings_of(kept)
+    if any(len(stay) < anatomy.experts for stay in kept.values()) and criterion != "random":
+        warnings += _weigh(statistics, criterion, kept, partial(choose, fixed=fixed), fixed, evidence)
     return Choice(kept, record, evidence, warnings)
 
 
-def _weigh(statistics: Statistics, criterion: str, kept: Kept, groups: int, evidence: dict[str, Any]) -> list[str]:
+def _weigh(
+    statistics: Statistics,
+    criterion: str,
+    kept: Kept,
+    choose: Callable[[Array], Kept],
+    fixed: Mapping[int, Collection[int]],
+    evidence: dict[str, Any],
+) -> list[str]:
     """Add to ``evidence`` how sure the choice is, and return what speaks against it."""
     from moesurgeon.profiling.uncertainty import SUPPORT, has_support
     from moesurgeon.selection.stability import stability
 
-    found = stability(statistics, criterion, len(next(iter(kept.values()))), groups)
+    found = stability(statistics, criterion, choose, fixed)
     evidence["stability"] = None if found is None else found.as_dict()
     warnings = []
     if found is None:

@@ -16,6 +16,10 @@ from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.prune import with_mtp_layers
 
+_VIRTUAL = (
+    "pruned virtually: no byte is saved, all experts are still stored and loaded; nobody is given to those that go"
+)
+
 
 def prune(
     source: str,
@@ -24,7 +28,10 @@ def prune(
     progress: Progress = SILENT,
     running: Running | None = None,
 ) -> dict[str, Any]:
-    """Write ``source`` without the experts that ``spec`` does not keep, healed if it says how, judged if it asks."""
+    """Write ``source`` without the experts that ``spec`` does not keep (virtually: out of reach).
+
+    Healed, and judged in stages, if ``spec`` says so.
+    """
     subject = open_subject(source)
     anatomy = subject.anatomy
     if spec.is_staged:
@@ -48,7 +55,9 @@ def _at_once(
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     choice = choose(subject, spec, dry_run=writing.dry_run)
-    kept, how = with_mtp_layers(anatomy, choice.kept), choice.record
+    how = choice.record
+    kept = {layer: tuple(sorted(choice.kept[layer])) for layer in sorted(choice.kept)}
+    kept = kept if spec.virtual else with_mtp_layers(anatomy, kept)
     if spec.below is not None and writing.dry_run:
         writing = replace(writing, allow_noop=True)  # asked for what is cold, that nothing is cold is an answer
     plan = plan_chosen(anatomy, choice, spec)
@@ -62,7 +71,8 @@ def _at_once(
         },
         "experts_before": anatomy.experts,
         "experts_after": plan.result(anatomy).experts,
-        "warnings": [*choice.warnings],
+        "virtual": spec.virtual,
+        "warnings": [*choice.warnings, *([_VIRTUAL] if spec.virtual and not plan.changes_nothing else [])],
         "stages": [],
         **choice.evidence,
         **how,

@@ -38,6 +38,7 @@ from moesurgeon.recovery.objective import refuse_without_gradient
 from moesurgeon.selection.choose import best, count_to_keep
 from moesurgeon.surgery.prune import check_count, plan_prune
 from moesurgeon.surgery.retop import plan_retop
+from moesurgeon.surgery.virtual import refuse_without_bias
 from moesurgeon.traces.documents import Split
 
 _FIGURES = "figures.json"
@@ -111,6 +112,9 @@ def _refuse_impossible(recipe: Recipe, output: RunOutput) -> None:
             anatomy = plan_retop(anatomy, step.retop.spec).result(anatomy)
         elif step.prune and step.prune.keep_experts is None:
             asked = step.prune
+            if asked.virtual:  # changes no count
+                refuse_without_bias(anatomy)
+                continue
             count = count_to_keep(anatomy.experts, keep=asked.keep, ratio=asked.ratio, below=asked.below)
             if count is None:  # how many go is for the profile to say, too
                 continue

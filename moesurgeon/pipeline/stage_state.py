@@ -60,6 +60,8 @@ def heal_of(spec: PruneSpec) -> HealSpec:
 def counts_of(subject: Subject, spec: PruneSpec) -> tuple[int, ...]:
     """Return the counts of the stages, or for a search those that may be tried; falling."""
     anatomy = subject.anatomy
+    if spec.virtual:
+        raise UsageError("--virtual does not go with --stages, --gate or --search; heal it with --heal, or evaluate it")
     if spec.below is not None:
         raise UsageError("--below does not go with --stages, --gate or --search; give --keep or --ratio")
     given = [name for name, value in (("--keep", spec.keep), ("--ratio", spec.ratio)) if value is not None]

@@ -6,14 +6,15 @@ The profile holds its sums by fold of documents, so that this needs no further r
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from moesurgeon.profiling.statistics import CLUSTERED, FOLDS, Array, Statistics
 from moesurgeon.profiling.uncertainty import Estimate, per_routed_token, per_token
-from moesurgeon.selection.choose import best
 from moesurgeon.selection.criteria import scores_of
 
 _SETTLED = 0.10
@@ -23,7 +24,7 @@ _SETTLED = 0.10
 @dataclass(frozen=True)
 class Stability:
     """``changed``: the share of the dropped experts that half of the text would not drop, on average over halves
-    and layers, ``worst`` in ``worst_layer``; ``tokens``: about how much text would settle the choice (None: no
+    in all layers, ``worst`` in ``worst_layer``; ``tokens``: about how much text would settle the choice (None: no
     amount that could be estimated).
     """
 
@@ -41,8 +42,15 @@ class Stability:
         return {**asdict(self), "settled": self.is_settled}
 
 
-def stability(statistics: Statistics, criterion: str, count: int, groups: int = 1) -> Stability | None:
-    """Return how stable the choice of ``count`` experts by ``criterion`` is; None if there are too few documents.
+def stability(
+    statistics: Statistics,
+    criterion: str,
+    choose: Callable[[Array], Mapping[int, Sequence[int]]],
+    fixed: Mapping[int, Collection[int]] = MappingProxyType({}),
+) -> Stability | None:
+    """Return how stable the choice by ``criterion`` is; None if there are too few documents.
+
+    ``choose`` leads from scores [L, E] to the experts that stay, the ``fixed`` ones whatever they score.
 
     Of the 70 ways to halve the eight folds each counts once, except those that leave all of the text in one half.
     A seeded random choice does not depend on text.
@@ -50,21 +58,22 @@ def stability(statistics: Statistics, criterion: str, count: int, groups: int = 
     seen = statistics.sums["seen.folds"].sum(axis=0)
     if criterion == "random" or (seen > 0).sum() < 2:
         return None
-    chosen = best(scores_of(statistics, criterion), statistics.layers, count, groups)
+    chosen = choose(scores_of(statistics, criterion))
     changes = []
     for folds in itertools.combinations(range(FOLDS), FOLDS // 2):
         if not 0 < seen[list(folds)].sum() < seen.sum():
             continue
-        half = best(scores_of(_half(statistics, folds), criterion), statistics.layers, count, groups)
-        changes.append([len(set(chosen[layer]) - set(half[layer])) for layer in statistics.layers])
-    dropped = max(1, statistics.experts - count)
-    by_layer = np.mean(changes, axis=0) / dropped
+        half = choose(scores_of(_half(statistics, folds), criterion))
+        changes.append([len(set(half[layer]) - set(chosen[layer])) for layer in statistics.layers])
+    dropped = np.array([statistics.experts - len(chosen[layer]) for layer in statistics.layers])
+    changed = np.mean(changes, axis=0)
+    by_layer = changed / np.maximum(1, dropped)
     worst = int(by_layer.argmax())
     return Stability(
-        float(by_layer.mean()),
+        float(changed.sum() / max(1, dropped.sum())),
         float(by_layer[worst]),
         statistics.layers[worst],
-        _tokens_needed(statistics, criterion, chosen),
+        _tokens_needed(statistics, criterion, chosen, fixed),
     )
 
 
@@ -94,7 +103,12 @@ def _half(statistics: Statistics, folds: tuple[int, ...]) -> Statistics:
     return part
 
 
-def _tokens_needed(statistics: Statistics, criterion: str, chosen: dict[int, tuple[int, ...]]) -> int | None:
+def _tokens_needed(
+    statistics: Statistics,
+    criterion: str,
+    chosen: Mapping[int, Sequence[int]],
+    fixed: Mapping[int, Collection[int]],
+) -> int | None:
     """Return about how many tokens tell the last that stays from the first that goes, in the median layer.
 
     Errors shrink with the root of the text: a gap g with error s needs (1.96 s / g)^2 times as much.
@@ -103,9 +117,9 @@ def _tokens_needed(statistics: Statistics, criterion: str, chosen: dict[int, tup
     assert estimate is not None
     ratios = []
     for row, layer in enumerate(statistics.layers):
-        stay = np.array(chosen[layer])
-        go = np.setdiff1d(np.arange(statistics.experts), stay)
-        if not len(go):
+        go = np.setdiff1d(np.arange(statistics.experts), chosen[layer])
+        stay = np.array([expert for expert in chosen[layer] if expert not in fixed.get(layer, ())])
+        if not len(go) or not len(stay):
             continue
         value, error = estimate.value[row], estimate.error[row]
         last, first = stay[value[stay].argmin()], go[value[go].argmax()]

@@ -8,7 +8,7 @@ import re
 from moesurgeon.surgery.plan import EditPlan
 
 _HEADING = "## Surgery"
-_LONG = {"expert_map"}
+_LONG = {"expert_map", "dropped"}
 
 
 def edited_card(card: str, plan: EditPlan) -> str:

@@ -73,24 +73,13 @@ def with_mtp_layers(source: Anatomy, kept: Kept) -> dict[int, tuple[int, ...]]:
 
 def check_kept(source: Anatomy, kept: Kept) -> int:
     """Return the uniform count of ``kept``, or raise UsageError if it breaks the router's rules."""
-    missing = [layer for layer in source.routed_layers if layer not in kept]
-    extra = [layer for layer in kept if layer not in source.routed_layers]
-    if missing:
-        raise UsageError(f"no experts are given for layer {missing[0]}; list every one of {list(source.moe_layers)}")
-    if extra:
-        raise UsageError(f"layer {extra[0]} has no routed experts; those that have are {list(source.routed_layers)}")
+    check_experts(source, kept, needed=source.routed_layers)
     counts = {len(experts) for experts in kept.values()}
     if len(counts) > 1:
         raise UsageError(
             f"layers keep different counts ({sorted(counts)}): stock runtimes need the same in every layer"
         )
     count = counts.pop()
-    for layer, experts in kept.items():
-        wrong = [expert for expert in experts if not 0 <= expert < source.experts]
-        if wrong:
-            raise UsageError(f"layer {layer} has no expert {wrong[0]}: they are numbered 0 to {source.experts - 1}")
-        if len(set(experts)) < len(experts):
-            raise UsageError(f"layer {layer} names an expert twice; name each that stays once")
     check_count(source, count)
     groups, _kept_groups = source.groups
     size = source.experts // groups
@@ -98,6 +87,22 @@ def check_kept(source: Anatomy, kept: Kept) -> int:
         if groups > 1 and len({sum(expert // size == group for expert in experts) for group in range(groups)}) > 1:
             raise UsageError(f"layer {layer} keeps different counts in its {groups} routing groups; they must be equal")
     return count
+
+
+def check_experts(source: Anatomy, kept: Kept, *, needed: Sequence[int]) -> None:
+    """Raise UsageError unless ``kept`` names experts that there are, each once, and all ``needed`` layers."""
+    missing = [layer for layer in needed if layer not in kept]
+    extra = [layer for layer in kept if layer not in source.routed_layers]
+    if missing:
+        raise UsageError(f"no experts are given for layer {missing[0]}; list every one of {list(source.moe_layers)}")
+    if extra:
+        raise UsageError(f"layer {extra[0]} has no routed experts; those that have are {list(source.routed_layers)}")
+    for layer, experts in kept.items():
+        wrong = [expert for expert in experts if not 0 <= expert < source.experts]
+        if wrong:
+            raise UsageError(f"layer {layer} has no expert {wrong[0]}: they are numbered 0 to {source.experts - 1}")
+        if len(set(experts)) < len(experts):
+            raise UsageError(f"layer {layer} names an expert twice; name each that stays once")
 
 
 def check_count(source: Anatomy, count: int) -> None:

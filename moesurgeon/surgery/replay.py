@@ -12,6 +12,7 @@ from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, compose, identity
 from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
+from moesurgeon.surgery.virtual import kept_without, plan_virtual
 
 
 class NotRecorded(Exception):
@@ -43,6 +44,10 @@ def _plan_again(source: Anatomy, operation: Mapping[str, Any]) -> EditPlan:
         case "prune":
             maps = operation["expert_map"]
             return plan_prune(source, {int(layer): [int(old) for old in maps[layer]] for layer in maps})
+        case "virtual-prune":
+            gone = operation["dropped"]
+            dropped = {int(layer): [int(expert) for expert in gone[layer]] for layer in gone}
+            return plan_virtual(source, kept_without(source, dropped))
         case "layout":
             return plan_layout(source, str(operation["layout"]))
         case "recover" | "heal":

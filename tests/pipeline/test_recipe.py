@@ -37,6 +37,8 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
           - profile: {max_tokens: 3000}
           - prune: {keep: 6, criterion: ean, seed: 3, heal: {heldout_tokens: 800, pace: {steps: 9, router: true}}}
           - prune: {keep_experts: kept.json}
+          - profile:
+          - prune: {ratio: 0.1, protect: [code=0.3, low-support], virtual: true}
           - recover:
               losses: {objective: lm, balance: 0.5, temperature: 2.0}
               schedule: {steps: 5, tokens_per_step: 64, learning_rate: 1.0e-4, rank: 2, judge_every: 2, seed: 1}
@@ -49,15 +51,18 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
     assert recipe.text == Text(traces=("a.jsonl", "code=b.txt"), split="calibration", max_tokens=1000, length=128)
     assert recipe.running == Running(device="cpu", dtype="float32")
     assert recipe.report_tokens == 2000
-    assert [step.name for step in recipe.steps] == ["retop", "profile", "prune", "prune", "recover"]
+    assert [step.name for step in recipe.steps] == [
+        "retop", "profile", "prune", "prune", "profile", "prune", "recover"
+    ]  # fmt: skip
     assert recipe.steps[0].retop is not None and recipe.steps[0].retop.spec == RetopSpec(top_k=2)
     heal = HealSpec(traces=("heal.txt",), method="ridge", teacher="t", max_tokens=900, length=64)
     assert recipe.steps[0].heal == heal
     distill = HealSpec(heldout_tokens=800, pace=Pace(steps=9, router=True))
     assert recipe.steps[2].prune == PruneSpec(keep=6, criterion="ean", seed=3, heal=distill)
-    assert recipe.steps[2].heal == distill and [step.heal for step in recipe.steps[3:]] == [None, None]
+    assert recipe.steps[2].heal == distill and [step.heal for step in recipe.steps[3:]] == [None] * 4
     assert recipe.steps[3].prune == PruneSpec(keep_experts=Path("kept.json"))
-    recover = recipe.steps[4].recover
+    assert recipe.steps[5].prune == PruneSpec(ratio=0.1, protect=("code=0.3", "low-support"), virtual=True)
+    recover = recipe.steps[6].recover
     assert recover is not None
     assert recover.losses == Losses(objective="lm", balance=0.5, temperature=2.0)
     assert recover.schedule == Schedule(

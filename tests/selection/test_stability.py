@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from moesurgeon.profiling.statistics import FOLDS, Statistics
 from moesurgeon.selection.choose import best
 from moesurgeon.selection.criteria import CRITERIA, scores_of
-from moesurgeon.selection.stability import errors_of, rank_agreement, stability
+from moesurgeon.selection.stability import Stability, errors_of, rank_agreement, stability
 from tests.profiling.made import Made, random_documents, statistics_of
 
 SEEDED = [name for name in CRITERIA if name != "random"]
@@ -22,9 +23,13 @@ def _made(share: np.ndarray, count: int, seed: int = 0, concentration: float = 2
     return statistics_of(random_documents(np.random.default_rng(seed), share, count, concentration=concentration))
 
 
+def _stability(statistics: Statistics, criterion: str, count: int) -> Stability | None:
+    return stability(statistics, criterion, partial(best, layers=statistics.layers, count=count))
+
+
 @pytest.mark.parametrize("criterion", ["frequency", "gate", "ean", "traffic-reap"])
 def test_a_wide_margin_changes_nothing(criterion: str) -> None:
-    found = stability(_made(WIDE, 400, concentration=200.0), criterion, 5)
+    found = _stability(_made(WIDE, 400, concentration=200.0), criterion, 5)
     assert found is not None
     assert (found.changed, found.worst, found.is_settled) == (0.0, 0.0, True)
     assert found.tokens is not None and found.tokens < 400 * 400  # less than there was
@@ -32,7 +37,7 @@ def test_a_wide_margin_changes_nothing(criterion: str) -> None:
 
 def test_a_coin_flip_changes_about_half() -> None:
     """Eight experts alike in truth, of which two go: half of the text chooses otherwise about every second time."""
-    found = [stability(_made(EVEN, 80, seed), "frequency", 6) for seed in range(30)]
+    found = [_stability(_made(EVEN, 80, seed), "frequency", 6) for seed in range(30)]
     changed = np.mean([each.changed for each in found if each is not None])
     assert 0.35 < changed < 0.6
     assert not any(each.is_settled for each in found if each is not None)
@@ -56,12 +61,12 @@ def test_changes_are_those_of_every_half(criterion: str) -> None:
         dropped = set(range(8)) - set(kept)
         changes.append(len([expert for expert in dropped if expert in again]) / 3)
     assert len(changes) == 70
-    found = stability(whole, criterion, 5)
+    found = _stability(whole, criterion, 5)
     assert found is not None and found.changed == pytest.approx(np.mean(changes))
 
 
 def test_the_worst_layer_is_named() -> None:
-    found = stability(_made(np.concatenate([WIDE, EVEN, WIDE]), 200, concentration=100.0), "frequency", 6)
+    found = _stability(_made(np.concatenate([WIDE, EVEN, WIDE]), 200, concentration=100.0), "frequency", 6)
     assert found is not None
     assert found.worst_layer == 1 and found.worst > found.changed > 0
     assert found.as_dict() == {
@@ -73,14 +78,14 @@ def test_halves_that_have_all_or_nothing_do_not_count() -> None:
     """Two documents in two folds: each proper half is one of them, and they disagree with each other."""
     tokens = np.array([[60.0, 0.0, 40.0]]), np.array([[0.0, 50.0, 50.0]])
     statistics = statistics_of([Made("text", 100, each, fold) for fold, each in enumerate(tokens)])
-    found = stability(statistics, "frequency", 2)  # all: 1 goes; the first: 1, the second: 0
+    found = _stability(statistics, "frequency", 2)  # all: 1 goes; the first: 1, the second: 0
     assert found is not None and found.changed == 0.5
 
 
 def test_one_fold_or_a_seed_tells_nothing() -> None:
     one = statistics_of([Made("text", 100, np.array([[60.0, 40.0]]), fold=3) for _ in range(5)])
-    assert stability(one, "frequency", 1) is None
-    assert stability(_made(EVEN, 20), "random", 6) is None
+    assert _stability(one, "frequency", 1) is None
+    assert _stability(_made(EVEN, 20), "random", 6) is None
     assert errors_of(one, "random") is None
 
 
@@ -88,7 +93,7 @@ def test_tokens_needed_shrink_with_the_square_of_the_margin() -> None:
     near, far = (np.array([[0.5 - gap, 0.25 + gap, 0.25]]) for gap in (0.01, 0.04))
     needed = [
         np.median([found.tokens for seed in range(15)
-                   if (found := stability(_made(share, 300, seed, 100.0), "frequency", 2)) and found.tokens])
+                   if (found := _stability(_made(share, 300, seed, 100.0), "frequency", 2)) and found.tokens])
         for share in (near, far)
     ]  # fmt: skip
     assert 6 < needed[0] / needed[1] < 40  # 16 in the limit

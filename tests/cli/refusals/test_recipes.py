@@ -58,6 +58,7 @@ def test_malformed_recipe(text: str, says: tuple[str, ...], out: Path, tmp_path:
         ("steps: [{retop: {}}, {retop: {}}, {retop: {top_k: 2}}]", ("between 1 and", "1")),
         ("steps: [{profile: {}}, {prune: {keep: 1}}]", ("keep at least 2 experts",)),
         ("steps: [{profile: {}}, {prune: {keep: 6, ratio: 0.5}}]", ("one of them",)),
+        ("steps: [{profile: {}}, {prune: {keep: 6, virtual: true}}]", ("needs a bias", "leave --virtual out")),
         ("steps: [{profile: {}}, {prune: {keep: 6}}, {profile: {}}, {prune: {keep: 7}}]", ("cannot keep 7", "has 6")),
         ("steps: [{retop: {}}, {recover: {losses: {objective: lm}}}]", ("top-1 Mixtral", "distill")),
         ("running: {device: abacus}\nsteps: [{retop: {}}]", ("abacus",)),
