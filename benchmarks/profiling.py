@@ -7,9 +7,8 @@ tiny checkpoints and a synthetic Mixtral of 0.4 GB, in turns, in seconds of the 
 does not count), both with the experts in a loop, the fastest way on a CPU; beside it what --inner 1024 adds.
 (memory) the peak of a profile over that of the stock pass, next to the bytes of the experts' outputs that a
 statistic would be taken from if they were kept. (reap) llm-compressor's REAPPruningModifier on the same model and
-text, where the package can be imported: its time, and whether both rank and pick the same experts. Version 0.14.0.1
-with transformers 5.23 loses the causal mask: its counts in the first layer are exactly those of full attention, ours
-those of the stock model. So scores differ a little there, and more below, where it sees its own cuts.
+text, where the package can be imported: its time, and whether both rank and pick the same experts (peer_reap.py says
+why scores differ a little).
 
 Every figure is from a process of its own. Prints tables, ratios against their bars and a JSON object.
 """
@@ -25,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,16 +181,11 @@ def work_peak(job: dict[str, Any]) -> dict[str, Any]:
 
 def work_reap(job: dict[str, Any]) -> dict[str, Any]:
     """Run llm-compressor's one-shot REAP on the same windows of full length, and compare scores, ranks and picks."""
-    try:
-        from llmcompressor import oneshot
-        from llmcompressor.modifiers.pruning import REAPPruningModifier
-        from llmcompressor.modifiers.pruning.reap.utils import REAPSaliencyTracker
-    except ImportError as error:
-        return {"skipped": f"{error} (pip install llmcompressor in an environment of its own)"}
+    from benchmarks.peer_reap import MISSING, is_installed, reap_of_llmcompressor
+
+    if not is_installed():
+        return {"skipped": MISSING}
     import numpy as np
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
 
     from moesurgeon.engine.batches import batches_of, rows_for
     from moesurgeon.engine.streams import Stream
@@ -210,45 +203,24 @@ def work_reap(job: dict[str, Any]) -> dict[str, Any]:
         timed(lambda: taken.append(take_profile(Stream(source), domains, batches)), job["threads"]) for _ in range(3)
     )
     scores_LE = taken[0].total("weighted_norm") / np.maximum(taken[0].total("tokens"), 1)
-
-    saliencies: list[Any] = []
-    compute = REAPSaliencyTracker.compute_retained_experts
-
-    def noted(self: Any, *arguments: Any) -> Any:
-        saliencies.append((self.sum_saliency / self.count.clamp(min=1)).cpu().numpy())
-        return compute(self, *arguments)
-
-    REAPSaliencyTracker.compute_retained_experts = noted
-    text = Dataset.from_list(
-        [{"input_ids": window.tokens.tolist(), "attention_mask": [1] * LENGTH} for window in windows]
-    )
-    seconds = []
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "kept.json"
-        for _ in range(2):
-            saliencies.clear()
-            model = AutoModelForCausalLM.from_pretrained(job["root"], dtype=torch.float32, local_files_only=True)
-            recipe = REAPPruningModifier(sparsity=1 - keep / anatomy.experts, report_path=str(report))
-            settings = {
-                "num_calibration_samples": len(windows), "max_seq_length": LENGTH, "batch_size": rows_for(LENGTH),
-                "moe_calibrate_all_experts": False,
-            }  # fmt: skip
-            run = partial(oneshot, model, dataset=text, recipe=recipe, **settings)
-            seconds.append(timed(run, job["threads"]))
-        kept = {int(name.split(".")[2]): set(experts) for name, experts in json.loads(report.read_text()).items()}
-    picks = [set(np.argsort(-row, kind="stable")[:keep].tolist()) for row in scores_LE]
-    ranks = [[np.argsort(np.argsort(each)) for each in pair] for pair in zip(scores_LE, saliencies, strict=True)]
+    clock = time.process_time if job["threads"] == 1 else time.perf_counter
+    theirs = reap_of_llmcompressor(
+        job["root"], windows, length=LENGTH, batch=rows_for(LENGTH), experts=anatomy.experts, keep=keep, runs=2,
+        clock=clock,
+    )  # fmt: skip
+    picks = [tuple(sorted(np.argsort(-row, kind="stable")[:keep].tolist())) for row in scores_LE]
+    ranks = [[np.argsort(np.argsort(each)) for each in pair] for pair in zip(scores_LE, theirs.saliencies, strict=True)]
     return {
         "tokens": len(windows) * LENGTH,
-        "theirs_seconds": min(seconds),
+        "theirs_seconds": min(theirs.seconds),
         "profile_seconds": ours,
         "layers": len(anatomy.moe_layers),
         "experts": anatomy.experts,
         "keep": keep,
-        "same_layers": sum(pick == kept[layer] for pick, layer in zip(picks, anatomy.moe_layers, strict=True)),
+        "same_layers": sum(pick == theirs.kept[layer] for pick, layer in zip(picks, anatomy.moe_layers, strict=True)),
         "rank_correlation": float(np.mean([np.corrcoef(*pair)[0, 1] for pair in ranks])),
         # Theirs cuts each layer before it goes on, so that later ones see what the cut did.
-        "difference_by_layer": np.abs(np.array(saliencies) / scores_LE - 1).max(axis=1).tolist(),
+        "difference_by_layer": np.abs(np.array(theirs.saliencies) / scores_LE - 1).max(axis=1).tolist(),
     }
 
 

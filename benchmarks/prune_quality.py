@@ -1,0 +1,96 @@
+"""What a cut costs by criterion, count and calibration text, bare and healed, on text that nothing was tuned on.
+
+    python benchmarks/prune_quality.py [--checkpoint builtin:tiny-mixtral] [--resume rows.jsonl] [--json FILE]
+    python benchmarks/prune_quality.py --checkpoint FOLDER --corpora CORPORA --without french --resume rows.jsonl
+
+Every criterion chooses from one profile for each calibration seed, which draws other documents for the profile and
+for healing and is the seed of the distillation; cuts that keep the same experts are measured once. Each is held
+against the uncut checkpoint on one report text, by document: rises and what healing closes have 95 % intervals over
+documents, paired. Builtin checkpoints calibrate, judge and report on those splits of the builtin traces. With
+--corpora (folders DOMAIN/train.jsonl.gz and valid.jsonl.gz, which recipes/small/mixtral.yaml trains on) other ones
+calibrate on the calibration split of train.jsonl.gz, judge on its validation split, and report on valid.jsonl.gz.
+
+--without DOMAIN: also cut a quarter by REAP without that domain in any text but the report. llm-compressor: REAP as
+that package chooses it on the same windows, where it is installed (peer_reap.py); how many of its layers keep what
+ours keeps there is in the row. All of it takes hours (a distilled cut of a tiny checkpoint 1 to 2 minutes): with
+--resume every row is kept as it comes, and the same command goes on where it stopped.
+
+Prints tables in Markdown, the bars and a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # as `python benchmarks/prune_quality.py`
+
+from benchmarks.quality_cuts import METHODS, PEER, RUNNING, Round  # noqa: E402 - after its path
+from benchmarks.quality_report import Results, bars, tables, unseen_table  # noqa: E402
+from benchmarks.quality_text import Judge, Rows, words_for  # noqa: E402
+from moesurgeon.engine.device import place  # noqa: E402
+from moesurgeon.engine.streams import Source  # noqa: E402
+from moesurgeon.pipeline.subject import open_subject  # noqa: E402
+
+CRITERIA = ("frequency", "gate", "ean", "man", "reap", "traffic-reap", "random", "reconstruction", "healed", PEER)
+# What has to be the same where a run goes on.
+FIXED = ("tokens", "profile_tokens", "inner", "heldout_tokens", "report_tokens", "steps", "corpora")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", action="append", help="builtin:NAME or a folder; repeat for more")
+    parser.add_argument("--corpora", help="text for checkpoints in folders; without it they get the builtin traces")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.5], help="of the experts that go")
+    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["bare", "distill"], metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--without", action="append", default=[], metavar="DOMAIN")
+    parser.add_argument("--tokens", type=int, default=98304, help="to heal on")
+    parser.add_argument("--profile-tokens", type=int, default=98304)
+    parser.add_argument("--inner", type=int, default=4096, help="tokens of the inner products")
+    parser.add_argument("--heldout-tokens", type=int, default=16384, help="that judge the healing")
+    parser.add_argument("--report-tokens", type=int, help="default: 49152 of builtin traces, all of corpora")
+    parser.add_argument("--steps", type=int, default=600, help="of the distillation, for each layer")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", type=Path, help="a JSONL file that keeps every row, and that is gone on with")
+    parser.add_argument("--json", type=Path, help="also write the JSON object here")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    rows = Rows(given.resume, {name: getattr(given, name) for name in FIXED})
+    for name in given.checkpoint or ["builtin:tiny-mixtral", "builtin:tiny-deepseek"]:
+        measure_checkpoint(name, given, rows)
+    results = Results(rows.all)
+    print(f"\n{tables(results)}\n\n{unseen_table(results)}\n")
+    found = bars(results)
+    for bar in found:
+        print(bar["text"])
+    brief = [{key: value for key, value in row.items() if key != "losses"} for row in results.rows]
+    told = {"options": {**vars(given), "json": None, "resume": None}, "rows": brief, "bars": found}
+    print(json.dumps(told))
+    if given.json:
+        given.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_checkpoint(checkpoint: str, given: argparse.Namespace, rows: Rows) -> None:
+    subject, words = open_subject(checkpoint), words_for(checkpoint, given)
+    name = checkpoint.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
+    placement = place(RUNNING.device, RUNNING.dtype, subject.stored_dtype)
+    with Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement) as source:
+        judge = Judge(subject, words.report, source)
+        known = next((row for row in rows.all if row.get("text") == name), None)
+        if known is None:
+            rows.add({"text": name, "fingerprint": subject.fingerprint, **judge.text})
+        elif known["fingerprint"] != subject.fingerprint or known["teacher"] != judge.text["teacher"]:
+            raise SystemExit(f"{given.resume} has rows of another {name} or of other text; name another file")
+        for without in [None, *given.without]:
+            for seed in range(given.seeds):
+                Round(subject, name, words, judge, given, rows, without=without, seed=seed).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What ``prune_quality.py`` measures on, and where it keeps what it measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality_report import Row
+from moesurgeon.engine.batches import BATCH_TOKENS, batches_of, rows_for
+from moesurgeon.engine.streams import Source, Stream
+from moesurgeon.evaluation.measure import LOSS, measure
+from moesurgeon.pipeline.options import Text
+from moesurgeon.pipeline.subject import Subject
+from moesurgeon.pipeline.text import read_text, window_length
+from moesurgeon.traces.builtin import BUILTIN_TRACES
+
+
+class Rows:
+    """What was measured, in memory and appended to ``path`` as it comes."""
+
+    def __init__(self, path: Path | None, options: dict[str, Any]) -> None:
+        self.path, self.all = path, list[Row]()
+        if path is not None and path.exists():
+            # A kill may have left the last line in part; it is measured again.
+            lines = path.read_text(encoding="utf-8").split("\n")
+            path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+            self.all = [json.loads(line) for line in lines[:-1]]
+        if not self.all:
+            self.add({"options": options})
+        elif self.all[0]["options"] != options:
+            raise SystemExit(f"{path} was measured with other options: {self.all[0]['options']}; name another file")
+
+    def add(self, row: Row) -> None:
+        self.all.append(row)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def find(self, **of: Any) -> Row | None:
+        """Return a row of a cut with these values."""
+        fitting = (row for row in self.all if "losses" in row and all(row[name] == of[name] for name in of))
+        return next(fitting, None)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a checkpoint is calibrated and reported on; ``split`` None: that of builtin traces for each purpose."""
+
+    traces: dict[str, str]
+    split: str | None
+    report: Text
+
+    def calibration(self, without: str | None) -> tuple[str, ...]:
+        if without is not None and without not in self.traces:
+            raise SystemExit(f"--without {without}: the domains are {', '.join(self.traces)}")
+        return tuple(trace for domain, trace in self.traces.items() if domain != without)
+
+
+def words_for(checkpoint: str, given: argparse.Namespace) -> Words:
+    if given.corpora is None or checkpoint.startswith("builtin:"):
+        traces = {name: f"builtin:{name}" for name in BUILTIN_TRACES}
+        tokens = given.report_tokens or 49152
+        return Words(traces, None, Text(traces=tuple(traces.values()), split="report", max_tokens=tokens))
+    folders = sorted(path.parent for path in Path(given.corpora).glob("*/train.jsonl.gz"))
+    if not folders:
+        raise SystemExit(f"{given.corpora} has no DOMAIN/train.jsonl.gz")
+    traces = {folder.name: f"{folder.name}={folder / 'train.jsonl.gz'}" for folder in folders}
+    valid = tuple(f"{folder.name}={folder / 'valid.jsonl.gz'}" for folder in folders)
+    return Words(traces, "calibration", Text(traces=valid, split="all", max_tokens=given.report_tokens))
+
+
+class Judge:
+    """A checkpoint opened once with the report text, of which each cut's losses are taken by document."""
+
+    def __init__(self, subject: Subject, text: Text, source: Source) -> None:
+        self.corpus, self.source = read_text(subject, text, builtin_split="report"), source
+        rows = rows_for(window_length(subject, text))
+        self.batches = list(batches_of(self.corpus, rows=rows, tokens=BATCH_TOKENS, device=source.placement.device))
+        uncut = measure(Stream(source), self.corpus.domains, self.batches)
+        keys = np.stack([uncut.domain, uncut.document], axis=1)
+        documents, self._number = np.unique(keys, axis=0, return_inverse=True)
+        self._number = self._number.reshape(-1)
+        self.text = {
+            "domains": list(self.corpus.domains),
+            "domain": documents[:, 0].tolist(),
+            "positions": np.bincount(self._number, uncut.positions).tolist(),
+            "teacher": self._by_document(uncut.sums[:, LOSS]),
+        }
+
+    def losses(self, stream: Stream) -> list[float]:
+        """Return the sum of nats of each document."""
+        return self._by_document(measure(stream, self.corpus.domains, self.batches).sums[:, LOSS])
+
+    def _by_document(self, losses: Any) -> list[float]:
+        return [round(float(loss), 6) for loss in np.bincount(self._number, losses)]
