@@ -19,13 +19,15 @@ from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import plan_retop
+from moesurgeon.surgery.virtual import plan_virtual
 
 
 def bare_plan(anatomy: Anatomy, step: Step, report: Mapping[str, Any]) -> EditPlan:
     """Return what ``step``, of which ``report`` came, would have made of ``anatomy`` without healing."""
     if step.retop:
         return plan_retop(anatomy, step.retop.spec)
-    return plan_prune(anatomy, {int(layer): tuple(experts) for layer, experts in report["kept"].items()})
+    plan = plan_virtual if step.prune and step.prune.virtual else plan_prune
+    return plan(anatomy, {int(layer): tuple(experts) for layer, experts in report["kept"].items()})
 
 
 def bare_figures(

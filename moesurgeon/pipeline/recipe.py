@@ -117,7 +117,8 @@ class Recipe(BaseModel):
     def _has_profiles(self) -> Recipe:
         fresh = False
         for step in self.steps:
-            if step.prune and step.prune.profile is None and step.prune.keep_experts is None and not fresh:
+            given = step.prune and (step.prune.profile or step.prune.keep_experts or step.prune.is_staged)
+            if step.prune and not given and not fresh:
                 raise ValueError("prune needs a profile of the checkpoint as it is then: put a profile step before it")
             fresh = step.name == "profile"
         if not self.steps:

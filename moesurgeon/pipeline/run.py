@@ -14,31 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moesurgeon.checkpoint.staging import refuse_unusable
-from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.bare import bare_figures
-from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate, read_gate
-from moesurgeon.pipeline.heal import check_heal
+from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate
 from moesurgeon.pipeline.inspect import inspect
 from moesurgeon.pipeline.journal import NAME as JOURNAL
 from moesurgeon.pipeline.journal import append, write_whole
-from moesurgeon.pipeline.options import HealSpec, Text, Writing
+from moesurgeon.pipeline.options import Text, Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
 from moesurgeon.pipeline.recipe import Recipe, Step, read_recipe
+from moesurgeon.pipeline.recipe_check import healing_of, refuse_impossible
 from moesurgeon.pipeline.recover import RecoverSpec, recover
 from moesurgeon.pipeline.retop import retop
-from moesurgeon.pipeline.subject import open_subject
-from moesurgeon.pipeline.text import trace_specs, window_length
 from moesurgeon.progress import SILENT, Progress
-from moesurgeon.recovery.objective import refuse_without_gradient
-from moesurgeon.selection.choose import best, count_to_keep
-from moesurgeon.surgery.prune import check_count, plan_prune
-from moesurgeon.surgery.retop import plan_retop
-from moesurgeon.surgery.virtual import refuse_without_bias
 from moesurgeon.traces.documents import Split
 
 _FIGURES = "figures.json"
@@ -56,7 +45,7 @@ class RunOutput:
 def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> dict[str, Any]:
     """Carry out the recipe and return the figures of the original and of every stage."""
     recipe = read_recipe(recipe_path)
-    _refuse_impossible(recipe, output)
+    refuse_impossible(recipe, output.output)
     folder = output.output
     previous = _make_way(output)
     started = time.monotonic()
@@ -77,11 +66,15 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
         target = folder / "checkpoint" if last else place
         report = _write(recipe, step, current, taken, target, progress)
         bare = _bare(recipe, step, current, report, stages[0], progress)
-        current = str(target)
+        current, taken = str(target), None
         usage_folder = folder / "usage" / f"{number:02d}-{step.name}"
         spec = EvaluateSpec(gates=(recipe.gate,)) if last and recipe.gate else None
         stages.append({**_measured(recipe, step.name, current, usage_folder, report, progress, spec=spec), **bare})
         append(folder / JOURNAL, stages[-1])
+        if (failed := report.get("gate")) and not failed["passed"]:
+            progress.note(f"step {number}: a gate failed; the recipe ends with the last state that passed")
+            stages[-1]["gate"] = failed
+            break
     figures = {
         "recipe": str(recipe_path),
         "checkpoint": current,
@@ -95,57 +88,16 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
     return {"output": str(folder), **figures}
 
 
-def _refuse_impossible(recipe: Recipe, output: RunOutput) -> None:
-    """Raise now, from headers alone, what a step would raise after the work of those before it."""
-    subject = open_subject(recipe.checkpoint)
-    refuse_unusable(output.output, overwrite=True, sources=(subject.root,))
-    device.place(recipe.running.device, recipe.running.dtype, subject.stored_dtype)
-    window_length(subject, recipe.text)
-    trace_specs(recipe.text)
-    if recipe.gate:
-        read_gate(subject, recipe.text, EvaluateSpec(gates=(recipe.gate,)), has_teacher=True)
-    anatomy = subject.anatomy
-    for step in recipe.steps:
-        if step.heal:
-            check_heal(_healing(recipe, step.heal))
-        if step.retop:
-            anatomy = plan_retop(anatomy, step.retop.spec).result(anatomy)
-        elif step.prune and step.prune.keep_experts is None:
-            asked = step.prune
-            if asked.virtual:  # changes no count
-                refuse_without_bias(anatomy)
-                continue
-            count = count_to_keep(anatomy.experts, keep=asked.keep, ratio=asked.ratio, below=asked.below)
-            if count is None:  # how many go is for the profile to say, too
-                continue
-            check_count(anatomy, count)
-            # Which experts is for the profile to say; here any will do.
-            scores = np.zeros((len(anatomy.moe_layers), anatomy.experts))
-            anatomy = plan_prune(anatomy, best(scores, anatomy.moe_layers, count, anatomy.groups[0])).result(anatomy)
-        elif step.recover:
-            refuse_without_gradient(anatomy, step.recover.losses.objective)
-
-
 def _text(recipe: Recipe, split: Split, max_tokens: int | None) -> Text:
     """Return the recipe's text to measure on: what calibrates is not what is reported on."""
     return recipe.text.even(split=recipe.text.split or split, max_tokens=max_tokens)
-
-
-def _healing(recipe: Recipe, heal: HealSpec) -> HealSpec:
-    """Return ``heal`` with the recipe's text and first checkpoint (as teacher) where it names none."""
-    return replace(
-        heal,
-        traces=heal.traces or recipe.text.traces,
-        length=heal.length or recipe.text.length,
-        teacher=heal.teacher or recipe.checkpoint,
-    )
 
 
 def _write(
     recipe: Recipe, step: Step, current: str, taken: Path | None, target: Path, progress: Progress
 ) -> Mapping[str, Any]:
     """Do one step that writes a checkpoint."""
-    heal = _healing(recipe, step.heal) if step.heal else None
+    heal = healing_of(recipe, step.heal) if step.heal else None
     if step.retop:
         return retop(current, step.retop.spec, Writing(output=target), progress, heal=heal, running=recipe.running)
     if step.prune:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moesurgeon.errors import UsageError
-from moesurgeon.pipeline.choice import PruneSpec, choose, plan_chosen, with_how
+from moesurgeon.pipeline.choice import PruneSpec, with_how
 from moesurgeon.pipeline.options import HealSpec
-from moesurgeon.pipeline.subject import Subject
 from moesurgeon.selection.choose import count_to_keep
 from moesurgeon.selection.counts import possible_counts, stage_counts
 from moesurgeon.surgery.anatomy import Anatomy
@@ -57,9 +56,11 @@ def heal_of(spec: PruneSpec) -> HealSpec:
     return spec.heal
 
 
-def counts_of(subject: Subject, spec: PruneSpec) -> tuple[int, ...]:
-    """Return the counts of the stages, or for a search those that may be tried; falling."""
-    anatomy = subject.anatomy
+def counts_of(anatomy: Anatomy, spec: PruneSpec) -> tuple[int, ...]:
+    """Return the counts of the stages, or for a search those that may be tried; falling.
+
+    Where a file says what stays (``spec.keep_experts``) that is asked of it, not here.
+    """
     if spec.virtual:
         raise UsageError("--virtual does not go with --stages, --gate or --search; heal it with --heal, or evaluate it")
     if spec.below is not None:
@@ -86,8 +87,6 @@ def counts_of(subject: Subject, spec: PruneSpec) -> tuple[int, ...]:
         if given or spec.keep_experts is not None:
             raise UsageError(f"--stages says how many stay: leave out {given[0] if given else '--keep-experts'}")
         counts = stage_counts(spec.stages, anatomy.experts, anatomy.groups[0])
-    elif spec.keep_experts is not None:
-        return (plan_chosen(anatomy, choose(subject, spec), spec).result(anatomy).experts,)
     else:
         found = count_to_keep(anatomy.experts, keep=spec.keep, ratio=spec.ratio)
         assert found is not None

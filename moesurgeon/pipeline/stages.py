@@ -22,7 +22,7 @@ from moesurgeon.errors import GateFailed
 from moesurgeon.evaluation.figures import figures_of
 from moesurgeon.evaluation.gate import Gate, failure
 from moesurgeon.evaluation.summary import summarise
-from moesurgeon.pipeline.choice import Choice, PruneSpec, choose, choose_by
+from moesurgeon.pipeline.choice import Choice, PruneSpec, choose, choose_by, plan_chosen
 from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
 from moesurgeon.pipeline.heal import Healer, healer
 from moesurgeon.pipeline.options import Running, Text, Writing
@@ -50,7 +50,7 @@ def prune_in_stages(
     heal = heal_of(spec)
     text = Text(traces=heal.traces, length=heal.length)
     gate = read_gate(subject, text, EvaluateSpec(gates=spec.gates), has_teacher=True)
-    counts = counts_of(subject, spec)
+    counts = _by_file(subject, spec) or counts_of(anatomy, spec)
     if writing.layout is not None:  # what it refuses, before the work
         plan_layout(anatomy, writing.layout)
     if writing.dry_run:
@@ -204,6 +204,13 @@ class _Stages:
             f"{failure(verdict)} already with {max(line['experts_after'] for line in self._lines)} of "
             f"{self._subject.anatomy.experts} experts; nothing was written: cut or ask for less, or heal on more text"
         )
+
+
+def _by_file(subject: Subject, spec: PruneSpec) -> tuple[int, ...] | None:
+    """Return the one count that a file with the choice leaves; None without such a file, or for more than it says."""
+    if spec.keep_experts is None or spec.stages is not None or spec.search:
+        return None
+    return (plan_chosen(subject.anatomy, choose(subject, spec), spec).result(subject.anatomy).experts,)
 
 
 def _planned(

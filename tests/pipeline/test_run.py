@@ -268,3 +268,24 @@ def test_profile_alone_is_a_recipe(out: Path, tmp_path: Path, monkeypatch: pytes
     report = run(path, RunOutput(output=out))
     assert report["checkpoint"] == BUILTIN[0] and len(report["stages"]) == 1
     assert (seen[0].split, seen[0].max_tokens) == ("calibration", 64)
+
+
+def test_a_cut_in_stages_ends_a_recipe_where_its_gate_fails(tmp_path: Path) -> None:
+    """What passed is written and measured, the steps behind it are not begun."""
+    recipe = tmp_path / "recipe.yaml"
+    heal = "{method: none, max_tokens: 2048, heldout_tokens: 1024}"
+    recipe.write_text(
+        f"""
+checkpoint: builtin:tiny-mixtral
+text: {{traces: [builtin:json], max_tokens: 2048}}
+running: {{device: cpu, dtype: float32}}
+report_tokens: 1024
+steps:
+  - prune: {{stages: [7, 2], gates: ["perplexity_ratio < 1.3"], heal: {heal}}}
+  - retop: {{top_k: 1}}
+"""
+    )
+    report = run(recipe, RunOutput(output=tmp_path / "run"))
+    assert [stage["stage"] for stage in report["stages"]] == ["original", "prune"]
+    assert report["stages"][-1]["experts"] == 7 and not report["gate"]["passed"]
+    assert report["checkpoint"].endswith("01-prune")

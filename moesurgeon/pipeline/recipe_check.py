@@ -1,0 +1,84 @@
+"""What of a recipe cannot be done, told from headers alone before its first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from moesurgeon.checkpoint.staging import refuse_unusable
+from moesurgeon.engine import device
+from moesurgeon.pipeline.choice import PruneSpec
+from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
+from moesurgeon.pipeline.heal import check_heal
+from moesurgeon.pipeline.options import HealSpec
+from moesurgeon.pipeline.recipe import Recipe
+from moesurgeon.pipeline.stage_state import counts_of, heal_of
+from moesurgeon.pipeline.subject import open_subject
+from moesurgeon.pipeline.text import trace_specs, window_length
+from moesurgeon.recovery.objective import refuse_without_gradient
+from moesurgeon.selection.choose import best, count_to_keep
+from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.surgery.prune import Kept, check_count, plan_prune
+from moesurgeon.surgery.retop import plan_retop
+from moesurgeon.surgery.virtual import refuse_without_bias
+
+
+def refuse_impossible(recipe: Recipe, output: Path) -> None:
+    """Raise now, from headers alone, what a step would raise after the work of those before it."""
+    subject = open_subject(recipe.checkpoint)
+    refuse_unusable(output, overwrite=True, sources=(subject.root,))
+    device.place(recipe.running.device, recipe.running.dtype, subject.stored_dtype)
+    window_length(subject, recipe.text)
+    trace_specs(recipe.text)
+    if recipe.gate:
+        read_gate(subject, recipe.text, EvaluateSpec(gates=(recipe.gate,)), has_teacher=True)
+    anatomy = subject.anatomy
+    for step in recipe.steps:
+        if step.heal:
+            check_heal(healing_of(recipe, step.heal))
+        if step.retop:
+            anatomy = plan_retop(anatomy, step.retop.spec).result(anatomy)
+        elif step.prune:
+            anatomy = _pruned(anatomy, step.prune)
+        elif step.recover:
+            refuse_without_gradient(anatomy, step.recover.losses.objective)
+
+
+def _pruned(anatomy: Anatomy, asked: PruneSpec) -> Anatomy:
+    """Return what pruning makes of ``anatomy``, as far as that can be known; UsageError for what cannot be asked."""
+    if asked.virtual:
+        refuse_without_bias(anatomy)
+    if asked.is_staged:
+        heal_of(asked)
+    if asked.keep_experts is not None:
+        return anatomy
+    count: int | None
+    if asked.is_staged:
+        counts = counts_of(anatomy, asked)
+        count = None if asked.search else min(counts)
+    elif asked.virtual:
+        return anatomy
+    else:
+        count = count_to_keep(anatomy.experts, keep=asked.keep, ratio=asked.ratio, below=asked.below)
+    if count is None:  # how many go is for the profile or the gate to say
+        return anatomy
+    check_count(anatomy, count)
+    return plan_prune(anatomy, _any(anatomy, count)).result(anatomy)
+
+
+def _any(anatomy: Anatomy, count: int) -> Kept:
+    """Return ``count`` experts a layer: which ones is for the profile to say."""
+    scores = np.zeros((len(anatomy.moe_layers), anatomy.experts))
+    return best(scores, anatomy.moe_layers, count, anatomy.groups[0])
+
+
+def healing_of(recipe: Recipe, heal: HealSpec) -> HealSpec:
+    """Return ``heal`` with the recipe's text and first checkpoint (as teacher) where it names none."""
+    return replace(
+        heal,
+        traces=heal.traces or recipe.text.traces,
+        length=heal.length or recipe.text.length,
+        teacher=heal.teacher or recipe.checkpoint,
+    )
