@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moesurgeon.cli import options
+from moesurgeon.cli.curves import show_curves, show_reconstruction
 from moesurgeon.cli.healed import heal_spec, show_healing
 from moesurgeon.cli.output import Report, answer, between, table
 from moesurgeon.cli.sizes import bytes_of
@@ -36,10 +37,23 @@ def command(
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="frequency, gate, ean, man, reap, traffic-reap or random. Default: reap; with --below frequency."
+            help="frequency, gate, ean, man, reap, traffic-reap, random or reconstruction (the layer's exact error; "
+            "needs profile --inner). Default: reap; with --below frequency."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the random criterion.")] = 0,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve",
+            help="Also say what every count would cost each layer (needs profile --inner); with --dry-run no count "
+            "has to be given.",
+        ),
+    ] = False,
+    curve_plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the curves: .png, .svg or .pdf; needs matplotlib."),
+    ] = None,
     heal: Annotated[
         list[str],
         typer.Option(
@@ -78,6 +92,8 @@ def command(
             keep_experts=keep_experts,
             criterion=criterion,
             seed=seed,
+            curve=curve,
+            curve_plot=curve_plot,
             heal=heal_spec(
                 heal, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router, teacher=heal_teacher
             ),
@@ -100,9 +116,13 @@ def command(
 def _show(report: Report) -> None:
     if "candidates" in report:
         _show_candidates(report["candidates"])
+    show_curves(report)
+    if report["criterion"] is None:  # nothing but the curve was asked for
+        return
     print(f"{report['experts_before']} -> {report['experts_after']} experts per layer, by {report['criterion']}")
     for layer, experts in report["dropped"].items():
         print(f"  layer {layer} loses {', '.join(map(str, experts)) or 'none'}")
+    show_reconstruction(report)
     if report.get("stability"):
         found = report["stability"]
         enough = "" if found["tokens"] is None else f"; about {found['tokens']:,} tokens would settle the choice"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from moesurgeon.errors import InputError, NothingToDo, ProfileError, UsageError
 from moesurgeon.pipeline.options import HealSpec
 from moesurgeon.pipeline.subject import Subject
+from moesurgeon.progress import SILENT, Progress
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.prune import Kept, check_count
 
 if TYPE_CHECKING:
     from moesurgeon.profiling.artefact import Profile
     from moesurgeon.profiling.statistics import Statistics
+    from moesurgeon.selection.stability import Stability
 
 _KEPT = '{"LAYER": [expert, ...]}'
 
@@ -27,7 +30,7 @@ class PruneSpec:
     Either ``keep_experts`` (a file with the choice) or ``profile`` with ``keep`` (a count per layer), ``ratio`` (the
     share to remove) or ``below`` (as many as have under this share of the tokens in every layer). ``criterion`` None:
     reap, with ``below`` frequency. ``seed`` is for the random criterion. ``heal``: repair the layers on text before
-    writing.
+    writing. ``curve``: also say what any count costs each layer, and draw it to ``curve_plot`` if that is given.
     """
 
     profile: Path | None = None
@@ -38,6 +41,12 @@ class PruneSpec:
     criterion: str | None = None
     seed: int = 0
     heal: HealSpec | None = None
+    curve: bool = False
+    curve_plot: Path | None = None
+
+    @property
+    def wants_curve(self) -> bool:
+        return self.curve or self.curve_plot is not None
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,14 @@ class Choice:
     warnings: list[str] = field(default_factory=list)
 
 
-def choose(subject: Subject, spec: PruneSpec, *, dry_run: bool = False) -> Choice:
-    """Return the experts of ``subject`` that stay; in a ``dry_run`` of ``below`` that may be all."""
+def choose(subject: Subject, spec: PruneSpec, progress: Progress = SILENT, *, dry_run: bool = False) -> Choice:
+    """Return the experts of ``subject`` that stay; in a ``dry_run`` of ``below`` that may be all.
+
+    In a dry run of ``spec`` with nothing but a curve, all stay.
+    """
     if spec.keep_experts is not None:
+        if spec.wants_curve:
+            raise UsageError("--curve follows from a profile: give --profile, without --keep-experts")
         if (spec.profile, spec.keep, spec.ratio, spec.below) != (None, None, None, None):
             raise UsageError("--keep-experts already says what stays: leave out --profile, --keep, --ratio and --below")
         return Choice(_read_kept(spec.keep_experts), {"criterion": "keep-experts"})
@@ -62,20 +76,35 @@ def choose(subject: Subject, spec: PruneSpec, *, dry_run: bool = False) -> Choic
     from moesurgeon.profiling.artefact import load_profile
     from moesurgeon.selection.choose import count_to_keep
 
-    count = count_to_keep(subject.anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
+    if spec.curve_plot is not None:
+        from moesurgeon.report.curves import check_drawable
+
+        check_drawable(spec.curve_plot)
+    only_curve = spec.wants_curve and dry_run and (spec.keep, spec.ratio, spec.below) == (None, None, None)
+    count = None
+    if not only_curve:
+        count = count_to_keep(subject.anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
     if count is not None:
         check_count(subject.anatomy, count)
     profile = load_profile(spec.profile)
     _check_profile(profile, subject, spec.profile)
-    return choose_by(subject.anatomy, spec, profile, dry_run=dry_run)
+    if only_curve:
+        everyone = dict.fromkeys(subject.anatomy.moe_layers, tuple(range(subject.anatomy.experts)))
+        evidence, warnings = _curve(subject.anatomy, spec, profile, progress, {})
+        return Choice(everyone, {"criterion": None}, evidence, warnings)
+    return choose_by(subject.anatomy, spec, profile, progress, dry_run=dry_run)
 
 
-def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: bool = False) -> Choice:
+def choose_by(
+    anatomy: Anatomy, spec: PruneSpec, profile: Profile, progress: Progress = SILENT, *, dry_run: bool = False
+) -> Choice:
     """Return the experts of ``anatomy`` that stay by ``spec`` and ``profile``, which must be of it."""
     from moesurgeon.selection.candidates import candidates, keep_above
     from moesurgeon.selection.choose import best, count_to_keep
     from moesurgeon.selection.criteria import scores_of
+    from moesurgeon.selection.stability import stability
 
+    fixed: Mapping[int, frozenset[int]] = {}
     groups = anatomy.groups[0]
     count = count_to_keep(anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
     statistics = profile.weighted
@@ -91,7 +120,18 @@ def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: b
         evidence["candidates"] = candidates(statistics, spec.below, groups)
     check_count(anatomy, count)
     criterion = spec.criterion or ("reap" if spec.below is None else "frequency")
-    kept = best(scores_of(statistics, criterion, spec.seed), statistics.layers, count, groups)
+    warnings: list[str] = []
+    found: Stability | None = None
+    if criterion == "reconstruction":
+        from moesurgeon.pipeline.subsets import reconstruct
+
+        searched = reconstruct(anatomy, profile, count, fixed, progress)
+        kept, found = searched.kept, searched.stability
+        evidence |= searched.evidence
+        warnings += searched.warnings
+    else:
+        kept = best(scores_of(statistics, criterion, spec.seed), statistics.layers, count, groups)
+        found = stability(statistics, criterion, count, groups)
     record: dict[str, Any] = {"criterion": criterion, "profile_traces": profile.origin.trace_hashes}
     if profile.origin.weights:
         record["domain_weights"] = profile.origin.weights
@@ -99,18 +139,36 @@ def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: b
         record["below"] = spec.below
     if criterion == "random":
         record["seed"] = spec.seed
-    warnings: list[str] = []
     if count < anatomy.experts and criterion != "random":
-        warnings = _weigh(statistics, criterion, kept, groups, evidence)
+        warnings += _weigh(statistics, found, kept, evidence)
+    if spec.wants_curve:
+        curve, against = _curve(anatomy, spec, profile, progress, fixed)
+        evidence |= curve
+        warnings += [warning for warning in against if warning not in warnings]
     return Choice(kept, record, evidence, warnings)
 
 
-def _weigh(statistics: Statistics, criterion: str, kept: Kept, groups: int, evidence: dict[str, Any]) -> list[str]:
-    """Add to ``evidence`` how sure the choice is, and return what speaks against it."""
-    from moesurgeon.profiling.uncertainty import SUPPORT, has_support
-    from moesurgeon.selection.stability import stability
+def _curve(
+    anatomy: Anatomy, spec: PruneSpec, profile: Profile, progress: Progress, fixed: Mapping[int, frozenset[int]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the curves of error against count as evidence, and what speaks against them; draw them if asked to."""
+    from moesurgeon.pipeline.subsets import curves
 
-    found = stability(statistics, criterion, len(next(iter(kept.values()))), groups)
+    found, warnings = curves(anatomy, profile, _least(anatomy), fixed, progress)
+    evidence: dict[str, Any] = {"curve": found}
+    if spec.curve_plot is not None:
+        from moesurgeon.report.curves import draw
+        from moesurgeon.selection.curves import BEARABLE
+
+        draw(found, anatomy.family.title, spec.curve_plot, BEARABLE)
+        evidence["curve_plot"] = str(spec.curve_plot)
+    return evidence, warnings
+
+
+def _weigh(statistics: Statistics, found: Stability | None, kept: Kept, evidence: dict[str, Any]) -> list[str]:
+    """Add to ``evidence`` how sure the choice is, ``found`` being how stable, and return what speaks against it."""
+    from moesurgeon.profiling.uncertainty import SUPPORT, has_support
+
     evidence["stability"] = None if found is None else found.as_dict()
     warnings = []
     if found is None:
@@ -118,9 +176,7 @@ def _weigh(statistics: Statistics, criterion: str, kept: Kept, groups: int, evid
             "the profile has too few documents to tell whether other text would make the same choice; profile more text"
         )
     elif not found.is_settled:
-        needed = (
-            "no amount of text that could be estimated" if found.tokens is None else f"about {found.tokens:,} tokens"
-        )
+        needed = "more of it" if found.tokens is None else f"about {found.tokens:,} tokens"
         warnings.append(
             f"the profile is too short for this choice: half of its documents would change {found.changed:.0%} of what "
             f"goes (layer {found.worst_layer}: {found.worst:.0%}); {needed} would settle it"

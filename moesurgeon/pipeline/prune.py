@@ -29,10 +29,11 @@ def prune(
     subject = open_subject(source)
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
-    choice = choose(subject, spec, dry_run=writing.dry_run)
+    choice = choose(subject, spec, progress, dry_run=writing.dry_run)
     kept, how = with_mtp_layers(anatomy, choice.kept), choice.record
-    if spec.below is not None and writing.dry_run:
-        writing = replace(writing, allow_noop=True)  # asked for what is cold, that nothing is cold is an answer
+    if (spec.below is not None or how["criterion"] is None) and writing.dry_run:
+        # Asked for what is cold, that nothing is cold is an answer; or nothing but the curve was asked for.
+        writing = replace(writing, allow_noop=True)
     try:
         plan = plan_prune(anatomy, kept)
     except UsageError as error:

@@ -6,6 +6,7 @@ The profile holds its sums by fold of documents, so that this needs no further r
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,21 +52,26 @@ def stability(statistics: Statistics, criterion: str, count: int, groups: int = 
     if criterion == "random" or (seen > 0).sum() < 2:
         return None
     chosen = best(scores_of(statistics, criterion), statistics.layers, count, groups)
-    changes = []
-    for folds in itertools.combinations(range(FOLDS), FOLDS // 2):
-        if not 0 < seen[list(folds)].sum() < seen.sum():
-            continue
-        half = best(scores_of(_half(statistics, folds), criterion), statistics.layers, count, groups)
-        changes.append([len(set(chosen[layer]) - set(half[layer])) for layer in statistics.layers])
-    dropped = max(1, statistics.experts - count)
-    by_layer = np.mean(changes, axis=0) / dropped
+    halves = [
+        best(scores_of(_half(statistics, folds), criterion), statistics.layers, count, groups)
+        for folds in itertools.combinations(range(FOLDS), FOLDS // 2)
+        if 0 < seen[list(folds)].sum() < seen.sum()
+    ]
+    return changed_in(halves, chosen, statistics.experts, _tokens_needed(statistics, criterion, chosen))
+
+
+def changed_in(
+    halves: Sequence[Mapping[int, Sequence[int]]],
+    chosen: Mapping[int, Sequence[int]],
+    experts: int,
+    tokens: int | None = None,
+) -> Stability:
+    """Return how much the choices of ``halves`` of the text differ from ``chosen``, all by layer."""
+    layers = list(chosen)
+    changes = [[len(set(chosen[layer]) - set(half[layer])) for layer in layers] for half in halves]
+    by_layer = np.mean(changes, axis=0) / max(1, experts - len(chosen[layers[0]]))
     worst = int(by_layer.argmax())
-    return Stability(
-        float(by_layer.mean()),
-        float(by_layer[worst]),
-        statistics.layers[worst],
-        _tokens_needed(statistics, criterion, chosen),
-    )
+    return Stability(float(by_layer.mean()), float(by_layer[worst]), layers[worst], tokens)
 
 
 def errors_of(statistics: Statistics, criterion: str) -> Estimate | None:
