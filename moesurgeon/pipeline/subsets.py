@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moesurgeon.errors import ProfileError
 from moesurgeon.profiling.artefact import Profile
 from moesurgeon.profiling.inner import Inner
-from moesurgeon.profiling.removals import LayerErrors
+from moesurgeon.profiling.removals import LayerErrors, rounded
 from moesurgeon.profiling.statistics import Array
 from moesurgeon.profiling.subset_errors import routing_at
 from moesurgeon.progress import SILENT, Progress
@@ -136,8 +136,7 @@ class _Halves:
         return float(self._tokens @ [part.errors.covered(kept) for part in self._parts] / self._tokens.sum())
 
     def _together(self, found: list[Array]) -> Array:
-        result: Array = self._sizes @ np.array(found) / (self._sizes.sum() or 1.0)
-        return result
+        return rounded(self._sizes @ np.array(found) / (self._sizes.sum() or 1.0))
 
 
 class _Remembered:

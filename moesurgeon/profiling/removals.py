@@ -28,6 +28,7 @@ from moesurgeon.profiling.inner import InnerLayer
 
 Array = NDArray[np.float64]
 _AT_ONCE = 4096  # tokens
+_DIGITS = 9  # of a share of |y|^2: inner products in float32 tell no more than 1e-7 apart, and ties are to be ties
 
 
 class LayerErrors:
@@ -51,7 +52,7 @@ class LayerErrors:
     def __call__(self, kept: NDArray[np.bool_]) -> Array:
         """Return what keeping only ``kept`` [S, E] costs; each has to leave every token enough experts."""
         sums = [sum(part.error(mask_E) for part in self._parts) for mask_E in torch.from_numpy(kept)]
-        return np.maximum(np.array(sums), 0.0) / self._size
+        return rounded(np.array(sums) / self._size)
 
     def without_each(self, kept: NDArray[np.bool_]) -> Array:
         """Return what ``kept`` [E] costs without each of its experts [E]; infinite where that cannot be routed."""
@@ -62,11 +63,17 @@ class LayerErrors:
         sums = np.zeros(len(kept))
         for part in self._parts:
             sums += part.without_each(torch.from_numpy(kept)).numpy()
-        return np.where(kept, np.maximum(sums, 0.0) / self._size, np.inf)
+        return np.where(kept, rounded(sums / self._size), np.inf)
 
     def covered(self, kept: NDArray[np.bool_]) -> float:
         """Return the share of tokens for which all that they would be given of ``kept`` [E] was run."""
         return sum(part.covered(torch.from_numpy(kept)) for part in self._parts) / (self._weight or 1.0)
+
+
+def rounded(errors: Array) -> Array:
+    """Return shares of |y|^2 without what is only rounding."""
+    result: Array = np.round(np.maximum(errors, 0.0), _DIGITS)
+    return result
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,51 @@ class _Terms:
 
     def __getitem__(self, place: Any) -> _Terms:
         return _Terms(self.scores[place], self.cross[place], self.both[place], self.lost[place])
+
+
+class _Groups:
+    """Routing groups of each token, by the first of their experts, of which one choice takes ``most`` and one more.
+
+    n experts make up a group's score, s of each are looked at.
+    """
+
+    def __init__(self, ranked_NE: torch.Tensor, rule: Routing, most: int) -> None:
+        size, count = ranked_NE.shape[1] // rule.groups, 1 if rule.group_score == "max" else 2
+        values_NGs, at_NGs = ranked_NE.unflatten(-1, (rule.groups, size)).topk(min(max(most, count) + 1, size), dim=-1)
+        self._values_NGs, self._experts_NGs = values_NGs, at_NGs + size * torch.arange(rule.groups)[:, None]
+        scores_NG = values_NGs[..., :count].sum(-1).topk(rule.kept_groups + 1, dim=-1)
+        self._winners_Ng, self._next_N1 = scores_NG.indices[:, :-1], scores_NG.indices[:, -1:]
+        self._next_score_N1, self._count = scores_NG.values[:, -1:], count
+
+    def first(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the first ``count`` experts [N, count] of the winning groups are ranked by, and who they are."""
+        return self._first_of(torch.arange(len(self._winners_Ng)), self._winners_Ng, count)
+
+    def fallen(self, top_k: int) -> tuple[torch.Tensor, ...]:
+        """Return whose groups lose their place without one expert: R pairs of a token and a winner, as ``rows`` [R].
+
+        With the experts that the winner's score rests on [R, n], whether it loses without each [R, n], and then the
+        choice among the other winners and the next, as :meth:`first` does [R, k].
+        """
+        count, winners_Ng = self._count, self._winners_Ng
+        place = winners_Ng[..., None].expand(-1, -1, self._values_NGs.shape[-1])
+        best_Ngs = torch.nn.functional.pad(self._values_NGs.gather(1, place), (0, 1), value=-torch.inf)[
+            ..., : count + 1
+        ]
+        # What the score is without each: of the next in its stead.
+        without_Ngn = torch.stack(
+            [best_Ngs[..., [at for at in range(count + 1) if at != gone]].sum(-1) for gone in range(count)], dim=-1
+        )
+        falls_Ngn = without_Ngn < self._next_score_N1[..., None]
+        rows_R, winner_R = falls_Ngn.any(-1).nonzero(as_tuple=True)
+        needed_Rn = self._experts_NGs[rows_R, winners_Ng[rows_R, winner_R], :count]
+        groups_Rg = winners_Ng[rows_R].scatter(1, winner_R[:, None], self._next_N1[rows_R])
+        return rows_R, needed_Rn, falls_Ngn[rows_R, winner_R], *self._first_of(rows_R, groups_Rg, top_k)
+
+    def _first_of(self, rows_R: torch.Tensor, groups_Rg: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        place = (rows_R[:, None], groups_Rg)
+        values_Rc, at_Rc = self._values_NGs[place].flatten(1).topk(count, dim=-1)
+        return values_Rc, self._experts_NGs[place].flatten(1).gather(-1, at_Rc)
 
 
 class _Tokens:
@@ -123,57 +175,42 @@ class _Tokens:
     def without_each(self, mask_E: torch.Tensor) -> torch.Tensor:
         """Return the error of ``mask_E`` without each expert [E], summed over tokens."""
         k, ranked_NE = self._top_k, self._ranked(mask_E)
-        inside_NE = self._inside(ranked_NE)
-        first_Nu = inside_NE.topk(k + 1, dim=-1).indices
-        chosen_Nk, next_N1 = first_Nu[:, :k], first_Nu[:, k:]
+        groups = _Groups(ranked_NE, self._routing, k) if self._has_groups else None
+        values_Nu, first_Nu = ranked_NE.topk(k + 1, dim=-1) if groups is None else groups.first(k + 1)
+        chosen_Nk = first_Nu[:, :k]
         # All of the first k + 1 but one, each in turn: but the last, that is the choice as it is.
         terms = self._terms(first_Nu[:, None], 1 - torch.eye(k + 1))[:, 0]
-        rest_NE = self._rest(mask_E) - self._scores_NE
+        rest_NE = self._rest_without(mask_E)
         error_NE = self._error(terms[:, k:], rest_NE).expand_as(rest_NE).clone()
         replaced_Nk = self._error(terms[:, :k], rest_NE.gather(-1, chosen_Nk))
         # There may be no other left in the winning groups.
-        replaced_Nk.masked_fill_(inside_NE.gather(-1, next_N1) == -torch.inf, torch.inf)
+        replaced_Nk.masked_fill_(values_Nu[:, k:] == -torch.inf, torch.inf)
         error_NE.scatter_(-1, chosen_Nk, replaced_Nk)
-        if self._has_groups:
-            self._put_fallen(error_NE, ranked_NE, rest_NE)
+        if groups is not None:
+            self._put_fallen(error_NE, groups, rest_NE)
         return self._weights_N @ error_NE
 
-    def _put_fallen(self, error_NE: torch.Tensor, ranked_NE: torch.Tensor, rest_NE: torch.Tensor) -> None:
+    def _put_fallen(self, error_NE: torch.Tensor, groups: _Groups, rest_NE: torch.Tensor) -> None:
         """Correct ``error_NE`` where a winning group loses its place without an expert that its score rests on."""
-        rule, size = self._routing, ranked_NE.shape[1] // self._routing.groups
-        count = 1 if rule.group_score == "max" else 2
-        values_NGs, at_NGs = ranked_NE.unflatten(-1, (rule.groups, size)).topk(min(count + 1, size), dim=-1)
-        if size == count:
-            values_NGs = torch.nn.functional.pad(values_NGs, (0, 1), value=-torch.inf)
-        order_NG = values_NGs[..., :count].sum(-1).topk(rule.kept_groups + 1, dim=-1)
-        winners_Ng, next_N1 = order_NG.indices[:, :-1], order_NG.indices[:, -1:]
-        best_Ngs = values_NGs.gather(1, winners_Ng[..., None].expand(-1, -1, count + 1))
-        # What a group's score is without each of the experts that make it up.
-        without_Ngs = torch.stack(
-            [best_Ngs[..., [at for at in range(count + 1) if at != gone]].sum(-1) for gone in range(count)], dim=-1
-        )
-        falls_Ngs = without_Ngs < order_NG.values[:, -1:, None]
-        needed_Ngs = (at_NGs[..., :count] + size * torch.arange(rule.groups)[:, None]).gather(
-            1, winners_Ng[..., None].expand(-1, -1, count)
-        )
-        # Of each winner that falls: the choice among the others and the next.
-        wins_NgG = torch.zeros(len(ranked_NE), rule.kept_groups, rule.groups, dtype=torch.bool)
-        wins_NgG.scatter_(-1, winners_Ng[:, None].expand(-1, rule.kept_groups, -1), True)
-        wins_NgG.scatter_(-1, winners_Ng[..., None], False)
-        wins_NgG.scatter_(-1, next_N1[:, None].expand(-1, rule.kept_groups, -1), True)
-        rows_R, winner_R = falls_Ngs.any(-1).nonzero(as_tuple=True)
-        inside_RE = ranked_NE[rows_R].masked_fill(~wins_NgG[rows_R, winner_R].repeat_interleave(size, -1), -torch.inf)
-        values_Rk, chosen_Rk = inside_RE.topk(self._top_k, dim=-1)
+        rows_R, needed_Rn, falls_Rn, values_Rk, chosen_Rk = groups.fallen(self._top_k)
         terms = self._terms(chosen_Rk[:, None], torch.ones(1, self._top_k), rows_R)[:, 0]
-        needed_Rs = needed_Ngs[rows_R, winner_R]
-        fallen_Rs = self._error(terms, rest_NE[rows_R[:, None], needed_Rs], rows_R)
-        fallen_Rs.masked_fill_(values_Rk[:, -1:] == -torch.inf, torch.inf)
-        place = falls_Ngs[rows_R, winner_R]
-        error_NE[rows_R[:, None].expand_as(needed_Rs)[place], needed_Rs[place]] = fallen_Rs[place]
+        fallen_Rn = self._error(terms, rest_NE[rows_R[:, None], needed_Rn], rows_R).expand_as(needed_Rn).clone()
+        fallen_Rn.masked_fill_(values_Rk[:, -1:] == -torch.inf, torch.inf)
+        error_NE[rows_R[:, None].expand_as(needed_Rn)[falls_Rn], needed_Rn[falls_Rn]] = fallen_Rn[falls_Rn]
 
     def _rest(self, mask_E: torch.Tensor) -> torch.Tensor:
         """Return the sum of p over those that stay [N, 1]."""
         return (self._scores_NE @ mask_E.double())[:, None]
+
+    def _rest_without(self, mask_E: torch.Tensor) -> torch.Tensor:
+        """Return for each expert the sum of p over the others that stay [N, E].
+
+        Of those before and those behind it: a difference would say nothing where one has nearly all of the softmax.
+        """
+        before_NE = (self._scores_NE * mask_E).cumsum(-1).roll(1, -1)
+        behind_NE = (self._scores_NE * mask_E).flip(-1).cumsum(-1).roll(1, -1)
+        before_NE[:, 0] = behind_NE[:, 0] = 0.0
+        return before_NE + behind_NE.flip(-1)
 
     def _ranked(self, mask_E: torch.Tensor) -> torch.Tensor:
         """Return what the choice goes by [N, E]: -inf for those that are gone."""
@@ -182,11 +219,8 @@ class _Tokens:
             ranked_NE = (ranked_NE / self._rest(mask_E) if self._softmax else ranked_NE) + self._bias_E
         return ranked_NE.masked_fill(~mask_E, -torch.inf)
 
-    def _inside(self, ranked_NE: torch.Tensor) -> torch.Tensor:
-        return self._routing.ranked(ranked_NE, None) if self._has_groups else ranked_NE
-
     def _chosen(self, mask_E: torch.Tensor) -> torch.Tensor:
-        return self._inside(self._ranked(mask_E)).topk(self._top_k, dim=-1).indices
+        return self._routing.ranked(self._ranked(mask_E), None).topk(self._top_k, dim=-1).indices
 
     def _terms(self, experts_Ncu: torch.Tensor, parts_ru: torch.Tensor, rows_N: torch.Tensor | None = None) -> _Terms:
         """Return terms [N, c, r] of the ``parts_ru``, ones and zeros, of choices of all tokens or of ``rows_N``."""
