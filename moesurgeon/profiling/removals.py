@@ -72,8 +72,7 @@ class LayerErrors:
 
 def rounded(errors: Array) -> Array:
     """Return shares of |y|^2 without what is only rounding."""
-    result: Array = np.round(np.maximum(errors, 0.0), _DIGITS)
-    return result
+    return np.maximum(errors, 0.0).round(_DIGITS)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Layer:
         return np.stack([self.output(token, self.everyone) for token in range(len(self.logits))])
 
     def error(self, kept: Sequence[int], weights: np.ndarray | None = None, run: np.ndarray | None = None) -> float:
-        """Return what keeping ``kept`` costs, as a share of |y|^2; of tokens for which an expert was not ``run`` all."""
+        """Return what keeping ``kept`` costs, as a share of |y|^2: all of it where an expert was not ``run``."""
         weights = np.ones(len(self.logits)) if weights is None else weights
         errors = sizes = 0.0
         for token, weight in enumerate(weights):
