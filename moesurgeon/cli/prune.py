@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moesurgeon.cli import options
+from moesurgeon.cli.curves import show_curves, show_reconstruction
 from moesurgeon.cli.explained import show_explained, show_protection
 from moesurgeon.cli.healed import heal_spec, show_healing
 from moesurgeon.cli.output import Report, answer, between, table
@@ -38,7 +39,8 @@ def command(
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="frequency, gate, ean, man, reap, traffic-reap or random. Default: reap; with --below frequency."
+            help="frequency, gate, ean, man, reap, traffic-reap, random or reconstruction (the layer's exact error; "
+            "needs profile --inner). Default: reap; with --below frequency."
         ),
     ] = None,
     protect: Annotated[
@@ -63,6 +65,18 @@ def command(
         typer.Option("--explain", help="Show of each expert that goes who used it and who is given its tokens now."),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the random criterion.")] = 0,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve",
+            help="Also say what every count would cost each layer (needs profile --inner); with --dry-run no count "
+            "has to be given.",
+        ),
+    ] = False,
+    curve_plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the curves: .png, .svg or .pdf; needs matplotlib."),
+    ] = None,
     heal: Annotated[
         list[str],
         typer.Option(
@@ -131,6 +145,8 @@ def command(
             seed=seed,
             protect=tuple(protect),
             virtual=virtual,
+            curve=curve,
+            curve_plot=curve_plot,
             heal=heal_spec(
                 heal, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router, teacher=heal_teacher
             ),
@@ -157,6 +173,9 @@ def command(
 def _show(report: Report, explain: bool) -> None:
     if "candidates" in report:
         _show_candidates(report["candidates"])
+    show_curves(report)
+    if report["criterion"] is None:  # nothing but the curve was asked for
+        return
     if report["virtual"]:
         counts = sorted({len(experts) for experts in report["kept"].values()})
         many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
@@ -168,6 +187,7 @@ def _show(report: Report, explain: bool) -> None:
     show_protection(report)
     if explain:
         show_explained(report)
+    show_reconstruction(report)
     if report.get("stability"):
         found = report["stability"]
         enough = "" if found["tokens"] is None else f"; about {found['tokens']:,} tokens would settle the choice"

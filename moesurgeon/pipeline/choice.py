@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgeon.errors import InputError, NothingToDo, ProfileError, UsageError
 from moesurgeon.pipeline.explained import explain_choice
+from moesurgeon.pipeline.keep_file import read_kept
 from moesurgeon.pipeline.options import HealSpec
 from moesurgeon.pipeline.spreading import spread_choice
 from moesurgeon.pipeline.subject import Subject
+from moesurgeon.pipeline.weighing import weigh
+from moesurgeon.progress import SILENT, Progress
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import Kept, check_count, plan_prune
@@ -21,9 +23,9 @@ from moesurgeon.surgery.virtual import plan_virtual, refuse_without_bias
 
 if TYPE_CHECKING:
     from moesurgeon.profiling.artefact import Profile
-    from moesurgeon.profiling.statistics import Array, Statistics
-
-_KEPT = '{"LAYER": [expert, ...]}'
+    from moesurgeon.profiling.statistics import Statistics
+    from moesurgeon.selection.protect import Claims
+    from moesurgeon.selection.stability import Stability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,8 @@ class PruneSpec:
     share to remove) or ``below`` (as many as have under this share of the tokens in every layer). ``criterion`` None:
     reap, with ``below`` frequency. ``seed`` is for the random criterion. ``protect``: texts whose experts stay, each
     NAME[=share] (``selection.protect``). ``virtual``: experts are put out of reach by their bias instead of removed,
-    so that layers may lose different numbers. ``heal``: repair the layers on text before writing.
+    so that layers may lose different numbers. ``curve``: also say what any count costs each layer, and draw it to
+    ``curve_plot`` if that is given. ``heal``: repair the layers on text before writing.
 
     ``stages``: cut in several steps, each with a new profile, as ``selection.counts`` reads it (or a list of counts).
     ``gates``: what the result of each step has to fulfil on validation text, or it is rolled back. ``search``: find the
@@ -52,10 +55,16 @@ class PruneSpec:
     protect: tuple[str, ...] = ()
     virtual: bool = False
     heal: HealSpec | None = None
+    curve: bool = False
+    curve_plot: Path | None = None
     stages: str | tuple[int, ...] | None = None
     gates: tuple[str, ...] = ()
     search: bool = False
     run: Path | None = None
+
+    @property
+    def wants_curve(self) -> bool:
+        return self.curve or self.curve_plot is not None
 
     @property
     def is_staged(self) -> bool:
@@ -91,70 +100,117 @@ def with_how(plan: EditPlan, how: Mapping[str, Any]) -> EditPlan:
     return EditPlan(plan.outputs, plan.dropped, plan.config, [{**plan.record[0], **how}])
 
 
-def choose(subject: Subject, spec: PruneSpec, *, dry_run: bool = False) -> Choice:
-    """Return the experts of ``subject`` that stay; in a ``dry_run`` of ``below`` that may be all."""
+def choose(subject: Subject, spec: PruneSpec, progress: Progress = SILENT, *, dry_run: bool = False) -> Choice:
+    """Return the experts of ``subject`` that stay; in a ``dry_run`` of ``below`` that may be all.
+
+    In a dry run of ``spec`` with nothing but a curve, all stay.
+    """
     if spec.virtual:
         refuse_without_bias(subject.anatomy)
     if spec.keep_experts is not None:
-        if (spec.profile, spec.keep, spec.ratio, spec.below, spec.protect) != (None, None, None, None, ()):
-            raise UsageError(
-                "--keep-experts already says what stays: leave out --profile, --keep, --ratio, --below and --protect"
-            )
-        return Choice(_read_kept(spec.keep_experts), {"criterion": "keep-experts"})
+        return _by_file(spec, spec.keep_experts)
     if spec.profile is None:
         raise UsageError("say what the choice is based on: give --profile (see moesurgeon profile) or --keep-experts")
     # Here: a quarter of the time to start goes into numpy, which a choice that was made needs not.
     from moesurgeon.profiling.artefact import load_profile
     from moesurgeon.selection.choose import check_budget, count_to_keep
 
-    if spec.virtual:
+    if spec.curve_plot is not None:
+        from moesurgeon.report.curves import check_drawable
+
+        check_drawable(spec.curve_plot)
+    only_curve = spec.wants_curve and dry_run and (spec.keep, spec.ratio, spec.below) == (None, None, None)
+    if spec.virtual and not only_curve:
         check_budget(keep=spec.keep, ratio=spec.ratio, below=spec.below)
-    else:
+    elif not only_curve:
         count = count_to_keep(subject.anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
         if count is not None:
             check_count(subject.anatomy, count)
     profile = load_profile(spec.profile)
     _check_profile(profile, subject, spec.profile)
-    choice = choose_by(subject.anatomy, spec, profile, dry_run=dry_run)
+    if only_curve:
+        everyone = dict.fromkeys(subject.anatomy.moe_layers, tuple(range(subject.anatomy.experts)))
+        evidence, warnings = _curve(subject.anatomy, spec, profile, progress, {})
+        return Choice(everyone, {"criterion": None}, evidence, warnings)
+    choice = choose_by(subject.anatomy, spec, profile, progress, dry_run=dry_run)
     criterion = choice.record["criterion"]
     why = explain_choice(subject.anatomy, profile, choice.kept, criterion, spec.seed, virtual=spec.virtual)
     return replace(choice, evidence={**choice.evidence, **why})
 
 
-def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: bool = False) -> Choice:
+def choose_by(
+    anatomy: Anatomy, spec: PruneSpec, profile: Profile, progress: Progress = SILENT, *, dry_run: bool = False
+) -> Choice:
     """Return the experts of ``anatomy`` that stay by ``spec`` and ``profile``, which must be of it."""
-    from moesurgeon.selection.candidates import candidates, keep_above
-    from moesurgeon.selection.choose import best, count_to_keep
+    from moesurgeon.selection.candidates import candidates
     from moesurgeon.selection.criteria import scores_of
     from moesurgeon.selection.protect import claims_of
+    from moesurgeon.selection.stability import stability
 
-    groups = anatomy.groups[0]
     statistics = profile.weighted
     criterion = spec.criterion or ("reap" if spec.below is None else "frequency")
     claims = claims_of(profile, spec.protect) if spec.protect else None
-    spared = None if claims is None else claims.protected
+    count, fixed, choose = _limits(anatomy, spec, statistics, criterion, claims, dry_run=dry_run)
     evidence: dict[str, Any] = {}
-    fixed: Mapping[int, Collection[int]] = {}
-    choose: Callable[..., Kept]
-    if spec.virtual:
-        fixed, choose = spread_choice(anatomy, spec, statistics, criterion, claims, dry_run=dry_run)
-    else:
-        count = count_to_keep(anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
-        if count is None:
-            assert spec.below is not None
-            try:
-                count = keep_above(statistics, spec.below, _least(anatomy), groups, spared)
-            except NothingToDo:
-                if not dry_run:
-                    raise
-                count = anatomy.experts
-        check_count(anatomy, count)
-        fixed = fixed if claims is None else claims.fixed(count // groups, groups)
-        choose = partial(best, layers=statistics.layers, count=count, groups=groups)
+    warnings: list[str] = []
     if spec.below is not None:
-        evidence["candidates"] = candidates(statistics, spec.below, groups, spared)
-    scores = scores_of(statistics, criterion, spec.seed)
-    kept = choose(scores, fixed=fixed)
+        spared = None if claims is None else claims.protected
+        evidence["candidates"] = candidates(statistics, spec.below, anatomy.groups[0], spared)
+    found: Stability | None
+    if criterion == "reconstruction":
+        from moesurgeon.pipeline.subsets import reconstruct
+
+        assert count is not None, "virtual cuts are spread by scores"
+        searched = reconstruct(anatomy, profile, count, fixed, progress)
+        kept, found = searched.kept, searched.stability
+        evidence |= searched.evidence
+        warnings += searched.warnings
+        free = kept if claims is None else reconstruct(anatomy, profile, count, {}, progress).kept
+    else:
+        scores = scores_of(statistics, criterion, spec.seed)
+        kept, free = choose(scores, fixed=fixed), choose(scores, fixed={})
+        found = stability(statistics, criterion, partial(choose, fixed=fixed), fixed)
+    record = _record(spec, profile, criterion)
+    if claims is not None:
+        evidence["protection"] = claims.report(kept, free)
+        record["protect"] = evidence["protection"]["names"]
+        warnings += claims.warnings_of(kept)
+    if any(len(stay) < anatomy.experts for stay in kept.values()) and criterion != "random":
+        warnings += weigh(statistics, found, kept, evidence)
+    if spec.wants_curve:
+        curve, against = _curve(anatomy, spec, profile, progress, fixed)
+        evidence |= curve
+        warnings += [warning for warning in against if warning not in warnings]
+    return Choice(kept, record, evidence, warnings)
+
+
+def _limits(
+    anatomy: Anatomy, spec: PruneSpec, statistics: Statistics, criterion: str, claims: Claims | None, *, dry_run: bool
+) -> tuple[int | None, Mapping[int, Collection[int]], Callable[..., Kept]]:
+    """Return how many stay in each layer (None: not as many everywhere), who has to, and who chooses by scores."""
+    from moesurgeon.selection.candidates import keep_above
+    from moesurgeon.selection.choose import best, count_to_keep
+
+    if spec.virtual:
+        return None, *spread_choice(anatomy, spec, statistics, criterion, claims, dry_run=dry_run)
+    groups = anatomy.groups[0]
+    count = count_to_keep(anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
+    if count is None:
+        assert spec.below is not None
+        try:
+            spared = None if claims is None else claims.protected
+            count = keep_above(statistics, spec.below, _least(anatomy), groups, spared)
+        except NothingToDo:
+            if not dry_run:
+                raise
+            count = anatomy.experts
+    check_count(anatomy, count)
+    fixed = {} if claims is None else claims.fixed(count // groups, groups)
+    return count, fixed, partial(best, layers=statistics.layers, count=count, groups=groups)
+
+
+def _record(spec: PruneSpec, profile: Profile, criterion: str) -> dict[str, Any]:
+    """Return what the result's history says of the choice."""
     record: dict[str, Any] = {"criterion": criterion, "profile_traces": profile.origin.trace_hashes}
     if profile.origin.weights:
         record["domain_weights"] = profile.origin.weights
@@ -162,57 +218,34 @@ def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: b
         record["below"] = spec.below
     if criterion == "random":
         record["seed"] = spec.seed
-    warnings: list[str] = []
-    if claims is not None:
-        evidence["protection"] = claims.report(kept, choose(scores, fixed={}))
-        record["protect"] = evidence["protection"]["names"]
-        warnings += claims.warnings_of(kept)
-    if any(len(stay) < anatomy.experts for stay in kept.values()) and criterion != "random":
-        warnings += _weigh(statistics, criterion, kept, partial(choose, fixed=fixed), fixed, evidence)
-    return Choice(kept, record, evidence, warnings)
+    return record
 
 
-def _weigh(
-    statistics: Statistics,
-    criterion: str,
-    kept: Kept,
-    choose: Callable[[Array], Kept],
-    fixed: Mapping[int, Collection[int]],
-    evidence: dict[str, Any],
-) -> list[str]:
-    """Add to ``evidence`` how sure the choice is, and return what speaks against it."""
-    from moesurgeon.profiling.uncertainty import SUPPORT, has_support
-    from moesurgeon.selection.stability import stability
+def _by_file(spec: PruneSpec, path: Path) -> Choice:
+    if spec.wants_curve:
+        raise UsageError("--curve follows from a profile: give --profile, without --keep-experts")
+    if (spec.profile, spec.keep, spec.ratio, spec.below, spec.protect) != (None, None, None, None, ()):
+        raise UsageError(
+            "--keep-experts already says what stays: leave out --profile, --keep, --ratio, --below and --protect"
+        )
+    return Choice(read_kept(path), {"criterion": "keep-experts"})
 
-    found = stability(statistics, criterion, choose, fixed)
-    evidence["stability"] = None if found is None else found.as_dict()
-    warnings = []
-    if found is None:
-        warnings.append(
-            "the profile has too few documents to tell whether other text would make the same choice; profile more text"
-        )
-    elif not found.is_settled:
-        needed = (
-            "no amount of text that could be estimated" if found.tokens is None else f"about {found.tokens:,} tokens"
-        )
-        warnings.append(
-            f"the profile is too short for this choice: half of its documents would change {found.changed:.0%} of what "
-            f"goes (layer {found.worst_layer}: {found.worst:.0%}); {needed} would settle it"
-        )
-    supported = has_support(statistics)
-    unsure = {
-        str(layer): experts
-        for row, layer in enumerate(statistics.layers)
-        if (experts := [e for e in range(statistics.experts) if e not in kept[layer] and not supported[row, e]])
-    }
-    evidence["low_support"] = unsure
-    if unsure:
-        places = [f"layer {layer}: {', '.join(map(str, experts[:8]))}" for layer, experts in unsure.items()]
-        warnings.append(
-            f"{sum(map(len, unsure.values()))} of the experts that go were given under {SUPPORT} tokens "
-            f"({'; '.join(places[:6])}{'; ...' if len(places) > 6 else ''}): hardly seen is not cold, profile more text"
-        )
-    return warnings
+
+def _curve(
+    anatomy: Anatomy, spec: PruneSpec, profile: Profile, progress: Progress, fixed: Mapping[int, Collection[int]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the curves of error against count as evidence, and what speaks against them; draw them if asked to."""
+    from moesurgeon.pipeline.subsets import curves
+
+    found, warnings = curves(anatomy, profile, _least(anatomy), fixed, progress)
+    evidence: dict[str, Any] = {"curve": found}
+    if spec.curve_plot is not None:
+        from moesurgeon.report.curves import draw
+        from moesurgeon.selection.curves import BEARABLE
+
+        draw(found, anatomy.family.title, spec.curve_plot, BEARABLE)
+        evidence["curve_plot"] = str(spec.curve_plot)
+    return evidence, warnings
 
 
 def _least(anatomy: Anatomy) -> int:
@@ -238,23 +271,3 @@ def _check_profile(profile: Profile, subject: Subject, path: Path) -> None:
             f"{anatomy.experts} in {list(anatomy.moe_layers)}; profile {subject.name} itself"
         )
     raise ProfileError(f"{path} was taken from another checkpoint than {subject.name}; profile {subject.name} itself")
-
-
-def _read_kept(path: Path) -> Kept:
-    """Read ``{"LAYER": [expert, ...]}`` with the source's numbering."""
-    try:
-        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
-        layers = [int(layer) for layer, _experts in pairs]
-        kept = {int(layer): tuple(experts) for layer, experts in pairs}
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a JSON file {_KEPT}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not of the form {_KEPT}: {str(error)[:200]}; correct it") from error
-    if not kept or not all(experts and all(type(item) is int for item in experts) for experts in kept.values()):
-        raise InputError(f"{path} must map each layer to a list of expert numbers that is not empty: {_KEPT}")
-    if len(layers) != len(kept):
-        raise InputError(f"{path} names a layer twice; list each once")
-    for layer, experts in kept.items():
-        if len(set(experts)) != len(experts):
-            raise InputError(f"{path}: layer {layer} lists an expert twice; list each that stays once")
-    return kept

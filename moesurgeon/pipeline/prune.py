@@ -54,12 +54,13 @@ def _at_once(
     """Return the report, and whether the choice names layers for multi-token prediction as well."""
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
-    choice = choose(subject, spec, dry_run=writing.dry_run)
+    choice = choose(subject, spec, progress, dry_run=writing.dry_run)
     how = choice.record
     kept = {layer: tuple(sorted(choice.kept[layer])) for layer in sorted(choice.kept)}
     kept = kept if spec.virtual else with_mtp_layers(anatomy, kept)
-    if spec.below is not None and writing.dry_run:
-        writing = replace(writing, allow_noop=True)  # asked for what is cold, that nothing is cold is an answer
+    if (spec.below is not None or how["criterion"] is None) and writing.dry_run:
+        # Asked for what is cold, that nothing is cold is an answer; or nothing but the curve was asked for.
+        writing = replace(writing, allow_noop=True)
     plan = plan_chosen(anatomy, choice, spec)
     if plan.changes_nothing and not writing.allow_noop:
         raise NothingToDo(f"nothing to prune: all {anatomy.experts} experts of every layer would stay; keep fewer")

@@ -56,11 +56,12 @@ class RetopStep(BaseModel):
 
 
 class ProfileStep(BaseModel):
-    """``profile`` of the checkpoint as it is at this step."""
+    """``profile`` of the checkpoint as it is at this step; ``inner``: with inner products of so many tokens."""
 
     model_config = _STRICT
 
     max_tokens: _Tokens | None = 65536
+    inner: Annotated[int, Field(ge=1)] | None = None
 
 
 class Step(BaseModel):
@@ -115,12 +116,19 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _has_profiles(self) -> Recipe:
-        fresh = False
+        taken: ProfileStep | None = None
         for step in self.steps:
             given = step.prune and (step.prune.profile or step.prune.keep_experts or step.prune.is_staged)
-            if step.prune and not given and not fresh:
-                raise ValueError("prune needs a profile of the checkpoint as it is then: put a profile step before it")
-            fresh = step.name == "profile"
+            if step.prune and not given:
+                if taken is None:
+                    raise ValueError(
+                        "prune needs a profile of the checkpoint as it is then: put a profile step before it"
+                    )
+                if taken.inner is None and (step.prune.criterion == "reconstruction" or step.prune.wants_curve):
+                    raise ValueError(
+                        "reconstruction and curves follow from inner products: say profile: {inner: 4096} before prune"
+                    )
+            taken = step.profile
         if not self.steps:
             raise ValueError("there are no steps; list at least one under steps")
         if self.gate is not None and all(step.profile for step in self.steps):

@@ -58,7 +58,7 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
         place = folder / "stages" / f"{number:02d}-{step.name}"
         if step.profile:
             text = replace(recipe.text, split=recipe.text.split or "calibration", max_tokens=step.profile.max_tokens)
-            profile(current, ProfileOutput(output=place), text, recipe.running, progress)
+            profile(current, ProfileOutput(output=place, inner=step.profile.inner), text, recipe.running, progress)
             taken = place
             append(folder / JOURNAL, {"stage": step.name, "profile": str(place.relative_to(folder))})
             continue

@@ -188,15 +188,15 @@ class _Stages:
 
     def _chosen(self, name: str, state: State, count: int) -> Choice:
         """Choose by the profile that was given, for the source; by a new one of the overlay for what came of it."""
-        spec = replace(self._spec, keep=count, ratio=None, below=None)
+        spec = replace(self._spec, keep=count, ratio=None, below=None, curve=False, curve_plot=None)
         is_source = state.anatomy.experts == self._subject.anatomy.experts
         if is_source and (spec.profile or spec.keep_experts):
-            return choose(self._subject, spec if spec.keep_experts is None else self._spec)
+            return choose(self._subject, spec if spec.keep_experts is None else self._spec, self._progress)
         place = self._folder.path / ("profile" if is_source else f"{name}.profile")
         profile = stage_profile(
             self._healer, state.plan, place, self._subject.fingerprint, spec.criterion, self._progress
         )
-        return choose_by(state.anatomy, spec, profile)
+        return choose_by(state.anatomy, spec, profile, self._progress)
 
     def _nothing_passed(self) -> None:
         verdict = self._lines[-1]["gate"]

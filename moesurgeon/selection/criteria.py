@@ -10,6 +10,8 @@ weight w and output f:
 - ``reap``           mean of w |f|                   (REAP, arXiv:2510.13999)
 - ``traffic-reap``   sum of w |f|
 - ``random``         seeded noise: the control that a criterion has to beat
+
+What a choice costs as a whole no sum of scores can say: ``SEARCHED`` criteria judge subsets (``selection.search``).
 """
 
 from __future__ import annotations
@@ -51,12 +53,15 @@ CRITERIA: dict[str, Callable[[Statistics, int], Array]] = {
 }
 COUNTING = ("frequency", "random")
 """Criteria that need no more than how many tokens each expert was given."""
+SEARCHED = {"reconstruction": "profile --inner", "healed": "--heal"}
+"""Criteria of whole subsets, and what each rests on."""
 
 
 def scores_of(statistics: Statistics, criterion: str, seed: int = 0) -> Array:
     """Return the scores [L, E] of ``criterion``."""
     if criterion not in CRITERIA:
-        raise UsageError(f"--criterion {criterion} is not one of {', '.join(CRITERIA)}")
+        searched = ", ".join(f"{name} (needs {what})" for name, what in SEARCHED.items())
+        raise UsageError(f"--criterion {criterion} is not one of {', '.join(CRITERIA)}, {searched}")
     if seed < 0:
         raise UsageError(f"--seed {seed} is negative; choose a number from 0 on")
     if statistics.counts_only and criterion not in COUNTING:

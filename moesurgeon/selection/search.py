@@ -1,8 +1,8 @@
 """The subset of a layer's experts that costs least, by any measure of a subset: all of them, or the best found.
 
 Where there are few subsets each is measured. Above that experts go one after the other, always the one whose loss
-costs least (backward elimination), and then are swapped with those that went for as long as that gains anything.
-Of routing groups each loses the same number. Nothing here knows what is measured.
+costs least (backward elimination). Then those that went are taken back one at a time, if another is missed less,
+until that gains nothing. Of routing groups each loses the same number. Nothing here knows what is measured.
 
 Legend: S subsets, E experts.
 """
@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,19 @@ Errors = Callable[[NDArray[np.bool_]], Array]
 
 ENUMERATED = 4096
 """So many subsets are all measured."""
-_ROUNDS = 64  # of swaps at most; a few are usual
+_BETTERED = 3  # ends of elimination and starts, the cheapest ones, from which others are taken back
+_ROUNDS = 64  # of that at most; a few are usual
+
+
+@runtime_checkable
+class Removals(Protocol):
+    """Errors that can tell at once what a subset costs without each of its experts."""
+
+    def __call__(self, kept: NDArray[np.bool_], /) -> Array: ...
+
+    def without_each(self, kept: NDArray[np.bool_], /) -> Array:
+        """Return the cost of ``kept`` [E] without each of its experts [E]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,8 +62,8 @@ def search(
 ) -> Found:
     """Return the best ``count`` of ``experts`` that hold all ``fixed`` ones, ``count / groups`` of each group.
 
-    Of equal ones that with the lower numbers. ``starts``: choices of others, from which swaps begin as well where
-    not all are measured; the result costs no more than any of them. ``fixed`` must fit the groups.
+    Of equal ones that with the lower numbers. ``starts``: choices of others, the best of which are bettered as well
+    where not all are measured; the result costs no more than any of them. ``fixed`` must fit the groups.
     """
     size, each = experts // groups, count // groups
     held = [[e for e in range(g * size, (g + 1) * size) if e in set(fixed)] for g in range(groups)]
@@ -61,10 +74,11 @@ def search(
         best = min(zip(measured(subsets), subsets, strict=True))  # ties: the first in order
         return Found(best[1], best[0], measured.count, exact=True)
     limits = _Limits(size, each, frozenset(fixed))
-    ends = [_eliminated(measured, experts, count, limits)]
+    ends = [_eliminated(measured, tuple(range(experts)), count, limits)]
     ends += [tuple(sorted(start)) for start in starts if limits.allow(start, groups)]
-    swapped = [_swapped(measured, end, experts, limits, enumerated) for end in dict.fromkeys(ends)]
-    error, kept = min(swapped)
+    ends = list(dict.fromkeys(ends))
+    cheapest = [end for _error, end in sorted(zip(measured(ends), ends, strict=True))[:_BETTERED]]
+    error, kept = min(_bettered(measured, end, experts, limits) for end in cheapest)
     return Found(kept, error, measured.count, exact=False)
 
 
@@ -83,31 +97,54 @@ def nested(
         limits = _Limits(size, len(kept) // groups - 1, frozenset(fixed))
         if any(not limits.removable(kept, group) for group in range(groups)):
             break
-        kept = _eliminated(measured, experts, len(kept) - groups, limits, start=kept)
+        kept = _eliminated(measured, kept, len(kept) - groups, limits)
         curve.append((kept, measured([kept])[0]))
     return curve
 
 
 class _Measured:
-    """Remembers what was measured."""
+    """Remembers what was measured, by the bits of those that are kept."""
 
     def __init__(self, errors: Errors, experts: int) -> None:
         self._errors, self._experts = errors, experts
-        self._known: dict[tuple[int, ...], float] = {}
+        self._known: dict[int, float] = {}
 
     @property
     def count(self) -> int:
         return len(self._known)
 
     def __call__(self, subsets: Sequence[tuple[int, ...]]) -> list[float]:
-        new = [subset for subset in dict.fromkeys(subsets) if subset not in self._known]
+        keys = [_bits(subset) for subset in subsets]
+        new = {key: subset for key, subset in zip(keys, subsets, strict=True) if key not in self._known}
         if new:
             kept = np.zeros((len(new), self._experts), dtype=bool)
-            for row, subset in enumerate(new):
+            for row, subset in enumerate(new.values()):
                 kept[row, list(subset)] = True
-            found = np.nan_to_num(np.asarray(self._errors(kept), dtype=np.float64), nan=np.inf)
-            self._known.update(zip(new, found.tolist(), strict=True))
-        return [self._known[subset] for subset in subsets]
+            self._known.update(zip(new, _numbers(self._errors(kept)), strict=True))
+        return [self._known[key] for key in keys]
+
+    def without(self, kept: tuple[int, ...], going: Sequence[int]) -> list[float]:
+        """Return the cost of ``kept`` without each of ``going``."""
+        if not isinstance(self._errors, Removals):
+            return self([_without(kept, expert) for expert in going])
+        whole = _bits(kept)
+        keys = [whole ^ (1 << expert) for expert in going]
+        if not all(key in self._known for key in keys):
+            mask = np.zeros(self._experts, dtype=bool)
+            mask[list(kept)] = True
+            found = _numbers(self._errors.without_each(mask))
+            for key, expert in zip(keys, going, strict=True):
+                self._known.setdefault(key, found[expert])
+        return [self._known[key] for key in keys]
+
+
+def _bits(kept: Sequence[int]) -> int:
+    return sum(1 << expert for expert in kept)
+
+
+def _numbers(errors: Array) -> list[float]:
+    found: list[float] = np.nan_to_num(np.asarray(errors, dtype=np.float64), nan=np.inf, posinf=np.inf).tolist()
+    return found
 
 
 @dataclass(frozen=True)
@@ -137,56 +174,34 @@ def _all(size: int, each: int, held: Sequence[Sequence[int]]) -> Iterator[tuple[
         yield tuple(itertools.chain.from_iterable(parts))
 
 
-def _eliminated(
-    measured: _Measured, experts: int, count: int, limits: _Limits, start: tuple[int, ...] | None = None
-) -> tuple[int, ...]:
-    kept = tuple(range(experts)) if start is None else start
+def _eliminated(measured: _Measured, kept: tuple[int, ...], count: int, limits: _Limits) -> tuple[int, ...]:
+    """Return the ``count`` of ``kept`` that are left when always the one goes that is missed least."""
+    groups = range(max(kept) // limits.size + 1)
     while len(kept) > count:
-        candidates = [
-            _without(kept, expert)
-            for group in range(experts // limits.size)
-            for expert in limits.removable(kept, group)
-        ]
-        costs = measured(candidates)
-        kept = candidates[int(np.argmin(costs))]
+        going = [expert for group in groups for expert in limits.removable(kept, group)]
+        kept = _without(kept, going[int(np.argmin(measured.without(kept, going)))])
     return kept
 
 
-def _swapped(
-    measured: _Measured, kept: tuple[int, ...], experts: int, limits: _Limits, most: int
+def _bettered(
+    measured: _Measured, kept: tuple[int, ...], experts: int, limits: _Limits
 ) -> tuple[float, tuple[int, ...]]:
-    """Return the end of swaps that each gain most, of up to ``most`` that are tried in a round."""
+    """Return what is left, and its cost, when each that went is taken back where another is missed less."""
     error = measured([kept])[0]
     for _round in range(_ROUNDS):
-        outside = [expert for expert in range(experts) if expert not in kept]
-        pairs = [
-            (gone, come)
-            for gone in kept
-            for come in outside
-            if gone not in limits.fixed and gone // limits.size == come // limits.size
-        ]
-        if len(pairs) > most:
-            pairs = _promising(measured, kept, pairs, most)
-        candidates = [tuple(sorted((*_without(kept, gone), come))) for gone, come in pairs]
-        if not candidates:
+        before = kept
+        for back in range(experts):
+            if back in kept:
+                continue
+            more = tuple(sorted((*kept, back)))
+            going = [expert for expert in limits.removable(more, back // limits.size) if expert != back]
+            costs = measured.without(more, going)
+            if going and min(costs) < error:
+                place = int(np.argmin(costs))
+                kept, error = _without(more, going[place]), costs[place]
+        if kept == before:
             break
-        costs = measured(candidates)
-        best = int(np.argmin(costs))
-        if not costs[best] < error:
-            break
-        kept, error = candidates[best], costs[best]
     return error, kept
-
-
-def _promising(
-    measured: _Measured, kept: tuple[int, ...], pairs: list[tuple[int, int]], most: int
-) -> list[tuple[int, int]]:
-    """Return the pairs of which the one is missed least, and the other would be welcome most, each on its own."""
-    goers = sorted({gone for gone, _ in pairs})
-    comers = sorted({come for _, come in pairs})
-    missed = dict(zip(goers, measured([_without(kept, gone) for gone in goers]), strict=True))
-    welcome = dict(zip(comers, measured([tuple(sorted((*kept, come))) for come in comers]), strict=True))
-    return sorted(pairs, key=lambda pair: (missed[pair[0]] + welcome[pair[1]], pair))[:most]
 
 
 def _without(kept: tuple[int, ...], expert: int) -> tuple[int, ...]:

@@ -59,22 +59,28 @@ def stability(
     if criterion == "random" or (seen > 0).sum() < 2:
         return None
     chosen = choose(scores_of(statistics, criterion))
-    changes = []
-    for folds in itertools.combinations(range(FOLDS), FOLDS // 2):
-        if not 0 < seen[list(folds)].sum() < seen.sum():
-            continue
-        half = choose(scores_of(_half(statistics, folds), criterion))
-        changes.append([len(set(half[layer]) - set(chosen[layer])) for layer in statistics.layers])
-    dropped = np.array([statistics.experts - len(chosen[layer]) for layer in statistics.layers])
+    halves = [
+        choose(scores_of(_half(statistics, folds), criterion))
+        for folds in itertools.combinations(range(FOLDS), FOLDS // 2)
+        if 0 < seen[list(folds)].sum() < seen.sum()
+    ]
+    return changed_in(halves, chosen, statistics.experts, _tokens_needed(statistics, criterion, chosen, fixed))
+
+
+def changed_in(
+    halves: Sequence[Mapping[int, Sequence[int]]],
+    chosen: Mapping[int, Sequence[int]],
+    experts: int,
+    tokens: int | None = None,
+) -> Stability:
+    """Return how much the choices of ``halves`` of the text differ from ``chosen``, all by layer."""
+    layers = list(chosen)
+    changes = [[len(set(half[layer]) - set(chosen[layer])) for layer in layers] for half in halves]
+    dropped = np.array([experts - len(chosen[layer]) for layer in layers])
     changed = np.mean(changes, axis=0)
     by_layer = changed / np.maximum(1, dropped)
     worst = int(by_layer.argmax())
-    return Stability(
-        float(changed.sum() / max(1, dropped.sum())),
-        float(by_layer[worst]),
-        statistics.layers[worst],
-        _tokens_needed(statistics, criterion, chosen, fixed),
-    )
+    return Stability(float(changed.sum() / max(1, dropped.sum())), float(by_layer[worst]), layers[worst], tokens)
 
 
 def errors_of(statistics: Statistics, criterion: str) -> Estimate | None:

@@ -107,6 +107,14 @@ def test_prune_has_a_profile_of_what_it_cuts(steps: str, is_fine: bool, tmp_path
             _read(tmp_path, text)
 
 
+@pytest.mark.parametrize("prune", ["{keep: 6, criterion: reconstruction}", "{keep: 6, curve: true}"])
+def test_subsets_need_inner_products(prune: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"profile: \{inner: 4096\}"):
+        _read(tmp_path, f"checkpoint: c\nsteps: [{{profile: {{}}}}, {{prune: {prune}}}]")
+    recipe = _read(tmp_path, f"checkpoint: c\nsteps: [{{profile: {{inner: 64}}}}, {{prune: {prune}}}]")
+    assert recipe.steps[0].profile is not None and recipe.steps[0].profile.inner == 64
+
+
 def test_error_names_the_file_and_the_place(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"recipe\.yaml: steps\.1\.recover\.schedule\.stepz: there is no such key"):
         _read(tmp_path, "checkpoint: c\nsteps: [{retop: {}}, {recover: {schedule: {stepz: 1}}}]")
