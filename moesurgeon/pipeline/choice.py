@@ -80,7 +80,8 @@ def choose(subject: Subject, spec: PruneSpec, progress: Progress = SILENT, *, dr
         from moesurgeon.report.curves import check_drawable
 
         check_drawable(spec.curve_plot)
-    only_curve = spec.wants_curve and dry_run and (spec.keep, spec.ratio, spec.below) == (None, None, None)
+    asked = (spec.keep, spec.ratio, spec.below, spec.criterion, spec.heal)
+    only_curve = spec.wants_curve and dry_run and all(each is None for each in asked)
     count = None
     if not only_curve:
         count = count_to_keep(subject.anatomy.experts, keep=spec.keep, ratio=spec.ratio, below=spec.below)
