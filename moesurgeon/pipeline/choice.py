@@ -119,7 +119,8 @@ def choose(subject: Subject, spec: PruneSpec, progress: Progress = SILENT, *, dr
         from moesurgeon.report.curves import check_drawable
 
         check_drawable(spec.curve_plot)
-    only_curve = spec.wants_curve and dry_run and (spec.keep, spec.ratio, spec.below) == (None, None, None)
+    asked = (spec.keep, spec.ratio, spec.below, spec.criterion, spec.heal)
+    only_curve = spec.wants_curve and dry_run and all(each is None for each in asked)
     if spec.virtual and not only_curve:
         check_budget(keep=spec.keep, ratio=spec.ratio, below=spec.below)
     elif not only_curve:

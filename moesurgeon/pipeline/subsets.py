@@ -55,7 +55,7 @@ def reconstruct(
     kept: dict[int, tuple[int, ...]] = {}
     of_halves: list[dict[int, tuple[int, ...]]] = [{}, {}]
     layers: dict[str, Any] = {}
-    others = [best(scores_of(statistics, name), statistics.layers, count, groups, fixed) for name in _STARTS]
+    others = [best(scores_of(statistics, name), statistics.layers, count, groups, fixed=fixed) for name in _STARTS]
     for layer in _shown(inner, "subsets", progress):
         errors = _Halves(anatomy, inner, layer, weights)
         stays, starts = fixed.get(layer, frozenset()), [other[layer] for other in others]

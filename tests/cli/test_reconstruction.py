@@ -110,6 +110,7 @@ def test_without_inner_products(what: list[str], profiles: dict[str, Path], tmp_
     ("arguments", "says"),
     [
         (["--curve"], ("give --keep N, --ratio R or --below S",)),
+        (["--curve", "--dry-run", "--criterion", "ean"], ("give --keep N, --ratio R or --below S",)),
         (["--curve", "--keep", "1", "--dry-run"], ("keep at least 2 experts",)),
         (["--curve-plot", "curve.txt", "--dry-run"], ("curve.txt is neither .png, .svg nor .pdf",)),
         (["--keep", "1", "--criterion", "reconstruction"], ("keep at least 2 experts",)),
