@@ -38,7 +38,7 @@ class Found:
 
 
 def search(
-    errors: Errors,
+    errors: Errors | Measured,
     experts: int,
     count: int,
     *,
@@ -55,17 +55,28 @@ def search(
     size, each = experts // groups, count // groups
     held = [[e for e in range(g * size, (g + 1) * size) if e in set(fixed)] for g in range(groups)]
     assert all(len(part) <= each for part in held), "more experts are fixed than can stay"
-    measured = _Measured(errors, experts)
-    if math.prod(math.comb(size - len(part), each - len(part)) for part in held) <= enumerated:
+    measured = errors if isinstance(errors, Measured) else Measured(errors, experts)
+    if number_of_subsets(experts, count, groups=groups, fixed=fixed) <= enumerated:
         subsets = list(_all(size, each, held))
         best = min(zip(measured(subsets), subsets, strict=True))  # ties: the first in order
         return Found(best[1], best[0], measured.count, exact=True)
-    limits = _Limits(size, each, frozenset(fixed))
+    limits = Limits(size, each, frozenset(fixed))
     ends = [_eliminated(measured, experts, count, limits)]
     ends += [tuple(sorted(start)) for start in starts if limits.allow(start, groups)]
     swapped = [_swapped(measured, end, experts, limits, enumerated) for end in dict.fromkeys(ends)]
     error, kept = min(swapped)
     return Found(kept, error, measured.count, exact=False)
+
+
+def number_of_subsets(experts: int, count: int, *, groups: int = 1, fixed: Collection[int] = ()) -> int:
+    """Return how many choices there are.
+
+    >>> number_of_subsets(8, 6), number_of_subsets(8, 6, groups=2), number_of_subsets(8, 6, fixed=[0])
+    (28, 16, 21)
+    """
+    size, each = experts // groups, count // groups
+    held = [sum(expert // size == group for expert in set(fixed)) for group in range(groups)]
+    return math.prod(math.comb(size - part, each - part) if part <= each else 0 for part in held)
 
 
 def nested(
@@ -76,11 +87,11 @@ def nested(
     Down to ``least`` experts: each choice is within the one before, so that this is a curve of error against count.
     """
     size = experts // groups
-    measured = _Measured(errors, experts)
+    measured = Measured(errors, experts)
     kept = tuple(range(experts))
     curve = [(kept, measured([kept])[0])]
     while len(kept) - groups >= max(least, len(set(fixed))):
-        limits = _Limits(size, len(kept) // groups - 1, frozenset(fixed))
+        limits = Limits(size, len(kept) // groups - 1, frozenset(fixed))
         if any(not limits.removable(kept, group) for group in range(groups)):
             break
         kept = _eliminated(measured, experts, len(kept) - groups, limits, start=kept)
@@ -88,8 +99,8 @@ def nested(
     return curve
 
 
-class _Measured:
-    """Remembers what was measured."""
+class Measured:
+    """Remembers what was measured; :func:`search` takes one to leave behind what it saw."""
 
     def __init__(self, errors: Errors, experts: int) -> None:
         self._errors, self._experts = errors, experts
@@ -98,6 +109,14 @@ class _Measured:
     @property
     def count(self) -> int:
         return len(self._known)
+
+    def knows(self, subset: tuple[int, ...]) -> bool:
+        return subset in self._known
+
+    def cheapest(self, size: int, limits: Limits, groups: int) -> list[tuple[int, ...]]:
+        """Return what was measured of ``size`` experts within ``limits``, the cheapest first."""
+        mine = [subset for subset in self._known if len(subset) == size and limits.allow(subset, groups)]
+        return sorted(mine, key=lambda subset: (self._known[subset], subset))
 
     def __call__(self, subsets: Sequence[tuple[int, ...]]) -> list[float]:
         new = [subset for subset in dict.fromkeys(subsets) if subset not in self._known]
@@ -111,7 +130,7 @@ class _Measured:
 
 
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
     """Groups of ``size`` that keep ``each``, ``fixed`` among them."""
 
     size: int
@@ -138,7 +157,7 @@ def _all(size: int, each: int, held: Sequence[Sequence[int]]) -> Iterator[tuple[
 
 
 def _eliminated(
-    measured: _Measured, experts: int, count: int, limits: _Limits, start: tuple[int, ...] | None = None
+    measured: Measured, experts: int, count: int, limits: Limits, start: tuple[int, ...] | None = None
 ) -> tuple[int, ...]:
     kept = tuple(range(experts)) if start is None else start
     while len(kept) > count:
@@ -153,21 +172,12 @@ def _eliminated(
 
 
 def _swapped(
-    measured: _Measured, kept: tuple[int, ...], experts: int, limits: _Limits, most: int
+    measured: Measured, kept: tuple[int, ...], experts: int, limits: Limits, most: int
 ) -> tuple[float, tuple[int, ...]]:
     """Return the end of swaps that each gain most, of up to ``most`` that are tried in a round."""
     error = measured([kept])[0]
     for _round in range(_ROUNDS):
-        outside = [expert for expert in range(experts) if expert not in kept]
-        pairs = [
-            (gone, come)
-            for gone in kept
-            for come in outside
-            if gone not in limits.fixed and gone // limits.size == come // limits.size
-        ]
-        if len(pairs) > most:
-            pairs = _promising(measured, kept, pairs, most)
-        candidates = [tuple(sorted((*_without(kept, gone), come))) for gone, come in pairs]
+        candidates = neighbours(measured, kept, experts, limits, most)
         if not candidates:
             break
         costs = measured(candidates)
@@ -178,8 +188,24 @@ def _swapped(
     return error, kept
 
 
+def neighbours(
+    measured: Measured, kept: tuple[int, ...], experts: int, limits: Limits, most: int
+) -> list[tuple[int, ...]]:
+    """Return what ``kept`` is after one swap, each that ``limits`` allow; of more than ``most`` the promising ones."""
+    outside = [expert for expert in range(experts) if expert not in kept]
+    pairs = [
+        (gone, come)
+        for gone in kept
+        for come in outside
+        if gone not in limits.fixed and gone // limits.size == come // limits.size
+    ]
+    if len(pairs) > most:
+        pairs = _promising(measured, kept, pairs, most)
+    return [tuple(sorted((*_without(kept, gone), come))) for gone, come in pairs]
+
+
 def _promising(
-    measured: _Measured, kept: tuple[int, ...], pairs: list[tuple[int, int]], most: int
+    measured: Measured, kept: tuple[int, ...], pairs: list[tuple[int, int]], most: int
 ) -> list[tuple[int, int]]:
     """Return the pairs of which the one is missed least, and the other would be welcome most, each on its own."""
     goers = sorted({gone for gone, _ in pairs})

@@ -1,0 +1,164 @@
+"""The criterion ``healed``: in every layer the experts with which least of the error is left after the refit.
+
+One walk over what is about to be cut, before anything is: at each mixture layer a sample of tokens is taken, subsets
+of the experts are tried on it (``healing.trials``), and the best one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from moesurgeon.engine.routing import routing_of
+from moesurgeon.engine.streams import Stream
+from moesurgeon.engine.walk import Layer, Walk
+from moesurgeon.healing.bound import bare_errors, inner_of
+from moesurgeon.healing.sample import Sample, take_sample
+from moesurgeon.healing.trials import Left, Trials
+from moesurgeon.profiling.sample import sampled_rows
+from moesurgeon.profiling.statistics import Statistics
+from moesurgeon.progress import SILENT, Progress
+from moesurgeon.selection.choose import best
+from moesurgeon.selection.costly import FEW, search_costly
+from moesurgeon.selection.criteria import COUNTING, CRITERIA, scores_of
+
+TOKENS, HELDOUT_TOKENS = 8192, 8192
+"""Tokens of each layer that subsets are refitted on, and judged on."""
+
+Subset = tuple[int, ...]
+Starts = Mapping[int, Mapping[str, Subset]]
+"""By layer, what other criteria would keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """What stays of a layer and leaves the errors ``left``; ``refitted`` subsets were compared, if ``exact`` all.
+
+    ``others``: by criterion what it would keep, and leave.
+    """
+
+    layer: int
+    kept: Subset
+    left: Left
+    refitted: int
+    exact: bool
+    others: Mapping[str, tuple[Subset, Left]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the layer's part of a report."""
+        return {
+            "layer": self.layer,
+            "error": self.left.bare,
+            "healed_error": self.left.healed,
+            "refitted": self.refitted,
+            "exact": self.exact,
+            "criteria": {
+                name: {"kept": list(kept), "error": left.bare, "healed_error": left.healed}
+                for name, (kept, left) in self.others.items()
+            },
+        }
+
+
+def starts_of(statistics: Statistics, count: int, groups: int = 1) -> dict[int, dict[str, Subset]]:
+    """Return by layer what each criterion of a profile would keep; of token counts alone only frequency can say."""
+    names = [name for name in CRITERIA if name != "random" and (name in COUNTING or not statistics.counts_only)]
+    choices = {name: best(scores_of(statistics, name), statistics.layers, count, groups) for name in names}
+    return {layer: {name: kept[layer] for name, kept in choices.items()} for layer in statistics.layers}
+
+
+def choose_healed(
+    walk: Walk,
+    stream: Stream,
+    learn: Sequence[int],
+    held: Sequence[int],
+    count: int,
+    *,
+    teacher: Stream | None = None,
+    tokens: int = TOKENS,
+    heldout_tokens: int = HELDOUT_TOKENS,
+    fixed: Mapping[int, frozenset[int]] | None = None,
+    starts: Starts | None = None,
+    few: int = FEW,
+    progress: Progress = SILENT,
+) -> dict[int, LayerChoice]:
+    """Take ``stream`` through its mixture layers and return by layer which ``count`` experts are best to keep.
+
+    ``learn`` and ``held`` are numbers of batches of ``walk``, which must not share text: samples of ``tokens`` of the
+    one refit, of ``heldout_tokens`` of the other judge. ``teacher``: what a layer should give, where that is not what
+    the stream itself gives; it walks beside it. ``fixed``: by layer, experts that stay in any case. No choice of
+    ``starts`` leaves less. Of routing groups each keeps as many. Up to ``few`` subsets are all refitted.
+    """
+    layers = stream.anatomy.moe_layers
+    rows = [
+        sampled_rows([walk.batches[number] for number in numbers], size)
+        for numbers, size in ((learn, tokens), (held, heldout_tokens))
+    ]
+    found: dict[int, LayerChoice] = {}
+    with progress.task("choosing", len(layers), "layers") as advance, closing(walk.layers()) as walking:
+        for layer in walking:
+            for number in (*learn, *held) if teacher else ():
+                layer.move(teacher, number)
+            if layer.number not in layers:
+                for number in (*learn, *held):
+                    layer.move(stream, number)
+                continue
+            samples = [
+                take_sample(layer, stream, teacher, numbers, mine)
+                for numbers, mine in zip((learn, held), rows, strict=True)
+            ]
+            found[layer.number] = _best_of(
+                layer,
+                stream,
+                samples,
+                count,
+                fixed=(fixed or {}).get(layer.number, frozenset()),
+                starts=(starts or {}).get(layer.number, {}),
+                few=few,
+            )
+            advance(1)
+            if layer.number == layers[-1]:
+                break
+    return found
+
+
+def _best_of(
+    layer: Layer,
+    stream: Stream,
+    samples: Sequence[Sample],
+    count: int,
+    *,
+    fixed: frozenset[int],
+    starts: Mapping[str, Subset],
+    few: int,
+) -> LayerChoice:
+    block, anatomy = stream.blocks[layer.number], stream.anatomy
+    train, held = samples
+    routing, top_k = routing_of(anatomy), anatomy.top_k
+    trials = Trials(block, routing, top_k, train, held)
+    known: dict[Subset, Left] = {}
+
+    def left(kept: Subset) -> Left:
+        if kept not in known:
+            known[kept] = trials(kept)
+        return known[kept]
+
+    found = search_costly(
+        lambda kept: left(kept).healed,
+        lambda: bare_errors(inner_of(block, routing, top_k, held), routing, top_k),
+        anatomy.experts,
+        count,
+        groups=anatomy.groups[0],
+        fixed=fixed,
+        starts=list(starts.values()),
+        few=few,
+    )
+    return LayerChoice(
+        layer=layer.number,
+        kept=found.kept,
+        left=left(found.kept),
+        refitted=found.compared,
+        exact=found.exact,
+        others={name: (kept, left(kept)) for name, kept in starts.items()},
+    )
