@@ -10,8 +10,8 @@ Legend: N sampled tokens, E experts, k experts per token, H hidden, F expert wid
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,11 @@ from moesurgeon.healing.sample import Sample
 
 SWEEPS = 2
 CACHE = 512 << 20
-"""Bytes of activations that are kept of a layer; where there would be more, each trial computes its own."""
+"""Bytes of activations that are kept of a layer, and of factors of a trial; if more, they are computed when needed."""
+
+
+_Fed = tuple[torch.Tensor | None, torch.Tensor]
+"""The tokens (None: all) that a map is given, and what it is fed there [n, F]."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,32 @@ class Left:
     healed: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Normal:
-    """Of what one linear map is fed: the normal matrices [F, F] over training and held-out tokens, the Cholesky
-    factors of the first one for each lambda."""
+    """Of what one linear map is fed: the normal matrices [F, F] over training and held-out tokens; ``roots``, the
+    Cholesky factors of the first for each lambda, where they are kept."""
 
+    train: torch.Tensor
     held: torch.Tensor
-    roots: list[torch.Tensor] = field(default_factory=list)
+    roots: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, fed: Sequence[torch.Tensor], lambdas: Sequence[float], *, keep: bool) -> _Normal:
+        train, held = (each.T @ each for each in fed)
+        normal = cls(train, held)
+        return cls(train, held, tuple(normal.factors(lambdas))) if keep else normal
+
+    def factors(self, lambdas: Sequence[float]) -> Iterator[torch.Tensor]:
+        if self.roots:
+            yield from self.roots
+            return
+        strength = self.train.diagonal().mean()
+        for factor in lambdas if strength > 0 else ():
+            regular = self.train.clone()
+            regular.diagonal().add_(factor * strength)
+            root, failed = torch.linalg.cholesky_ex(regular)
+            if not failed:
+                yield root
 
 
 class Trials:
@@ -69,17 +92,17 @@ class Trials:
         self._sets = (train, held)
         self._bias = selection_bias(block)
         self._scale = 1 / held.square if held.square else float("nan")
-        count, _, wide = self._experts.down_proj.shape
-        size = count * wide * (len(train) + len(held)) * 4
+        count, _, self._wide = self._experts.down_proj.shape
+        self._cache = cache
         self._hidden = (
             [[self._activations(each, expert) for expert in range(count)] for each in self._sets]
-            if size <= cache
+            if activation_bytes(count, self._wide, len(train) + len(held)) <= cache
             else None
         )
         self._shared: tuple[list[torch.Tensor], _Normal] | None = None
         if (shared := shared_experts(block)) is not None:
             fed = [_shared_activations(block, shared[1], each.inputs) for each in self._sets]
-            self._shared = fed, self._normal(fed)
+            self._shared = fed, _Normal.of(fed, lambdas, keep=normal_bytes(1, fed[0].shape[1], lambdas) <= cache)
 
     @torch.no_grad()
     def __call__(self, kept: Collection[int]) -> Left:
@@ -93,16 +116,18 @@ class Trials:
                 missing[number].index_add_(0, rows, fed @ weight.T, alpha=-1.0)
         bare = _square(missing[1])
         normals: dict[int, _Normal] = {}
+        keep = normal_bytes(len(kept), self._wide, self._lambdas) <= self._cache
         for _sweep in range(self._sweeps):
             for expert in sorted(kept):
                 parts = [self._fed(number, expert, given) for number, given in enumerate(routed)]
                 if all(len(rows) for rows, _fed in parts):
-                    if expert not in normals:
-                        normals[expert] = self._normal([fed for _rows, fed in parts])
-                    _improve(missing, parts, normals[expert])
+                    normal = normals.get(expert) or _Normal.of([fed for _, fed in parts], self._lambdas, keep=keep)
+                    if keep:
+                        normals[expert] = normal
+                    self._improve(missing, parts, normal)
             if self._shared:
-                fed, normal = self._shared
-                _improve(missing, [(None, each) for each in fed], normal)
+                shared, normal = self._shared
+                self._improve(missing, [(None, each) for each in shared], normal)
         return Left(bare * self._scale, _square(missing[1]) * self._scale)
 
     def _routed(self, sample: Sample, kept: Collection[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -136,38 +161,35 @@ class Trials:
         result: torch.Tensor = self._experts.act_fn(gate) * up
         return result.float()
 
-    def _normal(self, fed: Sequence[torch.Tensor]) -> _Normal:
-        train, held = (each.T @ each for each in fed)
-        normal = _Normal(held)
-        strength = train.diagonal().mean()
-        for factor in self._lambdas if strength > 0 else ():
-            regular = train.clone()
-            regular.diagonal().add_(factor * strength)
-            root, failed = torch.linalg.cholesky_ex(regular)
-            if not failed:
-                normal.roots.append(root)
-        return normal
+    def _improve(self, missing: list[torch.Tensor], parts: Sequence[_Fed], normal: _Normal) -> None:
+        """Take what a map can bring off ``missing`` (training, held-out), if any lambda helps on held-out tokens."""
+        moments = [
+            hidden.T @ (whole if rows is None else whole.index_select(0, rows))
+            for whole, (rows, hidden) in zip(missing, parts, strict=True)
+        ]  # [F, H]
+        best, change = 0.0, None
+        for root in normal.factors(self._lambdas):
+            candidate = torch.cholesky_solve(moments[0], root)
+            gain = float(((normal.held @ candidate - 2 * moments[1]) * candidate).sum())
+            if gain < best:
+                best, change = gain, candidate
+        if change is None:
+            return
+        for whole, (rows, hidden) in zip(missing, parts, strict=True):
+            if rows is None:
+                whole.addmm_(hidden, change, alpha=-1.0)
+            else:
+                whole.index_add_(0, rows, hidden @ change, alpha=-1.0)
 
 
-def _improve(
-    missing: list[torch.Tensor], parts: Sequence[tuple[torch.Tensor | None, torch.Tensor]], normal: _Normal
-) -> None:
-    """Take what one map can bring off ``missing`` (training, held-out), if any lambda helps on held-out tokens."""
-    short = [whole if rows is None else whole.index_select(0, rows) for whole, (rows, _) in zip(missing, parts, strict=True)]
-    moments = [hidden.T @ each for each, (_, hidden) in zip(short, parts, strict=True)]  # [F, H]
-    best, change = 0.0, None
-    for root in normal.roots:
-        candidate = torch.cholesky_solve(moments[0], root)
-        gain = float(((normal.held @ candidate - 2 * moments[1]) * candidate).sum())
-        if gain < best:
-            best, change = gain, candidate
-    if change is None:
-        return
-    for whole, (rows, hidden) in zip(missing, parts, strict=True):
-        if rows is None:
-            whole.addmm_(hidden, change, alpha=-1.0)
-        else:
-            whole.index_add_(0, rows, hidden @ change, alpha=-1.0)
+def activation_bytes(experts: int, wide: int, tokens: int) -> int:
+    """Return what the activations of all experts on all tokens take."""
+    return experts * wide * tokens * 4
+
+
+def normal_bytes(experts: int, wide: int, lambdas: Sequence[float] = LAMBDAS) -> int:
+    """Return what the normal matrices of so many experts and their factors take."""
+    return experts * (2 + len(lambdas)) * wide**2 * 4
 
 
 def _square(missing: torch.Tensor) -> float:
