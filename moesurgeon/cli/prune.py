@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moesurgeon.cli import options
-from moesurgeon.cli.healed import heal_spec, show_healing
+from moesurgeon.cli.healed import heal_spec, show_choice, show_healing
 from moesurgeon.cli.output import Report, answer, between, table
 from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.cli.written import show_written
@@ -36,7 +36,8 @@ def command(
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="frequency, gate, ean, man, reap, traffic-reap or random. Default: reap; with --below frequency."
+            help="frequency, gate, ean, man, reap, traffic-reap, random, or healed: by what --heal leaves. "
+            "Default: reap; with --below frequency."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the random criterion.")] = 0,
@@ -110,6 +111,7 @@ def _show(report: Report) -> None:
             f"  stability: half of the documents would change {found['changed']:.0%} of what goes, "
             f"{found['worst']:.0%} in layer {found['worst_layer']}{enough}"
         )
+    show_choice(report)
     show_healing(report)
     show_written(report)
 

@@ -68,7 +68,7 @@ def block_data(
         output = layer.forward(student, number, keep)
         (observation,) = seen
         text = layer.walk.batches[number].is_text.flatten().nonzero().squeeze(-1).to(output.device)
-        target = wanted_of(layer, student, teacher, number, output, observation, text)
+        target = wanted_of(layer, student, teacher, number, output, seen=observation, rows=text)
         if start == 0:
             refuse_strange(student, observation)
         rows = slice(start, start + len(text))
@@ -87,6 +87,7 @@ def wanted_of(
     teacher: Stream | None,
     batch: int,
     output: torch.Tensor,
+    *,
     seen: Observation,
     rows: torch.Tensor,
 ) -> torch.Tensor:

@@ -57,14 +57,15 @@ def take_sample(
         output = layer.forward(stream, number, keep)
         (observation,) = seen
         at = torch.from_numpy(mine).to(output.device)
-        target = wanted_of(layer, stream, teacher, number, output, observation, at).float()
+        target = wanted_of(layer, stream, teacher, number, output, seen=observation, rows=at).float()
         if not parts:
             _refuse_other_rule(stream, observation)
         beside = observation.result[at].float() - observation.output[at].float()
         parts.append((observation.inputs[at], target - beside, observation.logits[at].float()))
         square += float(target.square().sum(dtype=torch.float64))
         layer.walk.hidden[stream].put(number, output, layer=layer.number)
-    return Sample(*map(torch.cat, zip(*parts, strict=True)), square)
+    inputs, wanted, logits = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Sample(inputs, wanted, logits, square)
 
 
 def _refuse_other_rule(stream: Stream, seen: Observation) -> None:

@@ -87,12 +87,13 @@ class Trials:
         sweeps: int = SWEEPS,
         cache: int = CACHE,
     ) -> None:
-        self._experts: Any = block.experts
+        experts: Any = block.experts
+        self._experts = experts
         self._routing, self._top_k, self._lambdas, self._sweeps = routing, top_k, lambdas, sweeps
         self._sets = (train, held)
         self._bias = selection_bias(block)
         self._scale = 1 / held.square if held.square else float("nan")
-        count, _, self._wide = self._experts.down_proj.shape
+        count, self._wide = experts.down_proj.shape[0], experts.down_proj.shape[-1]
         self._cache = cache
         self._hidden = (
             [[self._activations(each, expert) for expert in range(count)] for each in self._sets]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moesurgeon.profiling.artefact import Profile
     from moesurgeon.profiling.statistics import Statistics
 
+HEALED = "healed"
 _KEPT = '{"LAYER": [expert, ...]}'
 
 
@@ -27,7 +28,7 @@ class PruneSpec:
     Either ``keep_experts`` (a file with the choice) or ``profile`` with ``keep`` (a count per layer), ``ratio`` (the
     share to remove) or ``below`` (as many as have under this share of the tokens in every layer). ``criterion`` None:
     reap, with ``below`` frequency. ``seed`` is for the random criterion. ``heal``: repair the layers on text before
-    writing.
+    writing; the criterion healed chooses on it as well.
     """
 
     profile: Path | None = None
@@ -41,17 +42,30 @@ class PruneSpec:
 
 
 @dataclass(frozen=True)
+class Unsettled:
+    """What the criterion ``healed`` starts from: how many experts stay, and what the profile counted."""
+
+    count: int
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
 class Choice:
-    """``record``: how it was made, for the result's history; ``evidence`` for it, ``warnings`` against it."""
+    """``record``: how it was made, for the result's history; ``evidence`` for it, ``warnings`` against it.
+
+    ``unsettled``: the count is right, but which experts stay is for the running model to say (``healed_choice``).
+    """
 
     kept: Kept
     record: dict[str, Any]
     evidence: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    unsettled: Unsettled | None = None
 
 
 def choose(subject: Subject, spec: PruneSpec, *, dry_run: bool = False) -> Choice:
     """Return the experts of ``subject`` that stay; in a ``dry_run`` of ``below`` that may be all."""
+    refuse_without_healing(spec.criterion, spec.heal)
     if spec.keep_experts is not None:
         if (spec.profile, spec.keep, spec.ratio, spec.below) != (None, None, None, None):
             raise UsageError("--keep-experts already says what stays: leave out --profile, --keep, --ratio and --below")
@@ -68,6 +82,19 @@ def choose(subject: Subject, spec: PruneSpec, *, dry_run: bool = False) -> Choic
     profile = load_profile(spec.profile)
     _check_profile(profile, subject, spec.profile)
     return choose_by(subject.anatomy, spec, profile, dry_run=dry_run)
+
+
+def refuse_without_healing(criterion: str | None, heal: HealSpec | None) -> None:
+    """Raise UsageError for the criterion ``healed`` where nothing is healed."""
+    if criterion == HEALED and heal is None:
+        raise UsageError(
+            "--criterion healed keeps the experts with which healing leaves least, so it needs text: add --heal TRACES"
+        )
+    if criterion == HEALED and heal is not None and heal.method == "none":
+        raise UsageError(
+            "--criterion healed is for a cut that is healed, and --heal-method none heals nothing; choose by reap, or "
+            "another method"
+        )
 
 
 def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: bool = False) -> Choice:
@@ -91,7 +118,8 @@ def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: b
         evidence["candidates"] = candidates(statistics, spec.below, groups)
     check_count(anatomy, count)
     criterion = spec.criterion or ("reap" if spec.below is None else "frequency")
-    kept = best(scores_of(statistics, criterion, spec.seed), statistics.layers, count, groups)
+    by = ("frequency" if statistics.counts_only else "reap") if criterion == HEALED else criterion
+    kept = best(scores_of(statistics, by, spec.seed), statistics.layers, count, groups)
     record: dict[str, Any] = {"criterion": criterion, "profile_traces": profile.origin.trace_hashes}
     if profile.origin.weights:
         record["domain_weights"] = profile.origin.weights
@@ -99,6 +127,8 @@ def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: b
         record["below"] = spec.below
     if criterion == "random":
         record["seed"] = spec.seed
+    if criterion == HEALED and count < anatomy.experts:
+        return Choice(kept, record, evidence, unsettled=Unsettled(count, statistics))
     warnings: list[str] = []
     if count < anatomy.experts and criterion != "random":
         warnings = _weigh(statistics, criterion, kept, groups, evidence)
@@ -107,7 +137,6 @@ def choose_by(anatomy: Anatomy, spec: PruneSpec, profile: Profile, *, dry_run: b
 
 def _weigh(statistics: Statistics, criterion: str, kept: Kept, groups: int, evidence: dict[str, Any]) -> list[str]:
     """Add to ``evidence`` how sure the choice is, and return what speaks against it."""
-    from moesurgeon.profiling.uncertainty import SUPPORT, has_support
     from moesurgeon.selection.stability import stability
 
     found = stability(statistics, criterion, len(next(iter(kept.values()))), groups)
@@ -125,6 +154,13 @@ def _weigh(statistics: Statistics, criterion: str, kept: Kept, groups: int, evid
             f"the profile is too short for this choice: half of its documents would change {found.changed:.0%} of what "
             f"goes (layer {found.worst_layer}: {found.worst:.0%}); {needed} would settle it"
         )
+    return warnings + weigh_support(statistics, kept, evidence)
+
+
+def weigh_support(statistics: Statistics, kept: Kept, evidence: dict[str, Any]) -> list[str]:
+    """Add to ``evidence`` which experts go though the profile hardly saw them, and return what is to be said of it."""
+    from moesurgeon.profiling.uncertainty import SUPPORT, has_support
+
     supported = has_support(statistics)
     unsure = {
         str(layer): experts
@@ -132,13 +168,13 @@ def _weigh(statistics: Statistics, criterion: str, kept: Kept, groups: int, evid
         if (experts := [e for e in range(statistics.experts) if e not in kept[layer] and not supported[row, e]])
     }
     evidence["low_support"] = unsure
-    if unsure:
-        places = [f"layer {layer}: {', '.join(map(str, experts[:8]))}" for layer, experts in unsure.items()]
-        warnings.append(
-            f"{sum(map(len, unsure.values()))} of the experts that go were given under {SUPPORT} tokens "
-            f"({'; '.join(places[:6])}{'; ...' if len(places) > 6 else ''}): hardly seen is not cold, profile more text"
-        )
-    return warnings
+    if not unsure:
+        return []
+    places = [f"layer {layer}: {', '.join(map(str, experts[:8]))}" for layer, experts in unsure.items()]
+    return [
+        f"{sum(map(len, unsure.values()))} of the experts that go were given under {SUPPORT} tokens "
+        f"({'; '.join(places[:6])}{'; ...' if len(places) > 6 else ''}): hardly seen is not cold, profile more text"
+    ]
 
 
 def _least(anatomy: Anatomy) -> int:

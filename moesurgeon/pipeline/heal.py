@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,16 @@ class Healer:
             progress=self._progress,
         )
 
+    def choice_text(self) -> dict[str, Any]:
+        """Return on what :meth:`choose` rests: hashes of the text, and how many tokens of a layer were sampled."""
+        train, judge = (sum(corpus.tokens.values()) for corpus in (self.train, self.judge))
+        return {
+            "choice_traces": dict(self.train.hashes),
+            "choice_heldout_traces": dict(self.judge.hashes),
+            "choice_tokens": min(TOKENS, train),
+            "choice_heldout_tokens": min(HELDOUT_TOKENS, judge),
+        }
+
     def heal(self, plan: EditPlan) -> tuple[EditPlan, dict[str, Any], Measurement]:
         """Return ``plan`` with healed tensors, the report (errors by layer, losses), and what judged the result.
 
@@ -182,13 +192,18 @@ def healer(
 
 @contextmanager
 def healed(
-    plan: EditPlan, subject: Subject, spec: HealSpec, running: Running, progress: Progress
+    plan: EditPlan,
+    subject: Subject,
+    spec: HealSpec,
+    running: Running,
+    progress: Progress,
+    opened: Healer | None = None,
 ) -> Iterator[tuple[EditPlan, dict[str, Any]]]:
     """Yield ``plan`` with healed tensors, and the report: errors by layer, held-out loss before and after.
 
-    To be written inside the context: what was healed may be in files that end with it.
+    To be written inside the context: what was healed may be in files that end with it, or with what is ``opened``.
     """
-    with healer(subject, spec, running, progress, like=plan) as open_healer:
+    with nullcontext(opened) if opened else healer(subject, spec, running, progress, like=plan) as open_healer:
         better, report, _judged = open_healer.heal(plan)
         yield better, report
 

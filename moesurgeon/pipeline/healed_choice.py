@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from moesurgeon.engine.routing import routing_of
 from moesurgeon.engine.streams import Stream
@@ -17,12 +17,16 @@ from moesurgeon.engine.walk import Layer, Walk
 from moesurgeon.healing.bound import bare_errors, inner_of
 from moesurgeon.healing.sample import Sample, take_sample
 from moesurgeon.healing.trials import Left, Trials
+from moesurgeon.pipeline.choice import Choice, weigh_support
 from moesurgeon.profiling.sample import sampled_rows
 from moesurgeon.profiling.statistics import Statistics
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.selection.choose import best
 from moesurgeon.selection.costly import FEW, search_costly
 from moesurgeon.selection.criteria import COUNTING, CRITERIA, scores_of
+
+if TYPE_CHECKING:  # which knows this module
+    from moesurgeon.pipeline.heal import Healer
 
 TOKENS, HELDOUT_TOKENS = 8192, 8192
 """Tokens of each layer that subsets are refitted on, and judged on."""
@@ -68,6 +72,21 @@ def starts_of(statistics: Statistics, count: int, groups: int = 1) -> dict[int, 
     return {layer: {name: kept[layer] for name, kept in choices.items()} for layer in statistics.layers}
 
 
+def settled(choice: Choice, healer: Healer) -> Choice:
+    """Return ``choice``, of which the count is known, with the experts that leave least after a refit."""
+    open_ = choice.unsettled
+    assert open_ is not None
+    starts = starts_of(open_.statistics, open_.count, healer.subject.anatomy.groups[0])
+    found = healer.choose(None, open_.count, starts=starts)
+    kept = {layer: each.kept for layer, each in found.items()}
+    text = healer.choice_text()
+    evidence = {**choice.evidence, "choice": {**text, "layers": [each.as_dict() for each in found.values()]}}
+    warnings = weigh_support(open_.statistics, kept, evidence)
+    return replace(
+        choice, kept=kept, record={**choice.record, **text}, evidence=evidence, warnings=warnings, unsettled=None
+    )
+
+
 def choose_healed(
     walk: Walk,
     stream: Stream,
@@ -98,8 +117,9 @@ def choose_healed(
     found: dict[int, LayerChoice] = {}
     with progress.task("choosing", len(layers), "layers") as advance, closing(walk.layers()) as walking:
         for layer in walking:
-            for number in (*learn, *held) if teacher else ():
-                layer.move(teacher, number)
+            if teacher is not None:
+                for number in (*learn, *held):
+                    layer.move(teacher, number)
             if layer.number not in layers:
                 for number in (*learn, *held):
                     layer.move(stream, number)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.errors import InputError, NothingToDo, UsageError
-from moesurgeon.pipeline.choice import PruneSpec, choose
+from moesurgeon.pipeline.choice import Choice, PruneSpec, choose
 from moesurgeon.pipeline.options import Running, Writing
-from moesurgeon.pipeline.subject import open_subject
-from moesurgeon.pipeline.write import finish_healed, refuse_output
+from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.pipeline.write import finish_healed, refuse_layout, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import Kept, plan_prune, with_mtp_layers
+
+if TYPE_CHECKING:  # imported where it is used: it needs torch
+    from moesurgeon.pipeline.heal import Healer
 
 
 def prune(
@@ -30,6 +34,34 @@ def prune(
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     choice = choose(subject, spec, dry_run=writing.dry_run)
+    running = running or Running()
+    with ExitStack() as stack:
+        opened = None
+        if choice.unsettled is not None:
+            assert spec.heal is not None
+            # Needs the running model, which nothing else here does.
+            from moesurgeon.pipeline.heal import healer
+            from moesurgeon.pipeline.healed_choice import settled
+
+            like = plan_prune(anatomy, with_mtp_layers(anatomy, choice.kept))
+            refuse_layout(like, subject, writing)
+            opened = stack.enter_context(healer(subject, spec.heal, running, progress, like=like, choosing=True))
+            choice = settled(choice, opened)
+        return _carry_out(subject, spec, choice, writing, running, progress, opened=opened)
+
+
+def _carry_out(
+    subject: Subject,
+    spec: PruneSpec,
+    choice: Choice,
+    writing: Writing,
+    running: Running,
+    progress: Progress,
+    *,
+    opened: Healer | None,
+) -> dict[str, Any]:
+    """Plan what ``choice`` says, heal it, write it, and report."""
+    anatomy = subject.anatomy
     kept, how = with_mtp_layers(anatomy, choice.kept), choice.record
     if spec.below is not None and writing.dry_run:
         writing = replace(writing, allow_noop=True)  # asked for what is cold, that nothing is cold is an answer
@@ -60,7 +92,7 @@ def prune(
         "stages": [],
         **choice.evidence,
         **how,
-        **finish_healed(plan, subject, spec.heal, running or Running(), writing, progress),
+        **finish_healed(plan, subject, spec.heal, running, writing, progress, opened=opened),
     }
     for warning in report["warnings"]:
         progress.note(f"note: {warning}")

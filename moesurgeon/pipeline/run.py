@@ -20,6 +20,7 @@ import numpy as np
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
+from moesurgeon.pipeline.choice import refuse_without_healing
 from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate, read_gate
 from moesurgeon.pipeline.heal import check_heal
 from moesurgeon.pipeline.inspect import inspect
@@ -104,6 +105,8 @@ def _refuse_impossible(recipe: Recipe, output: RunOutput) -> None:
     for step in recipe.steps:
         if step.heal:
             check_heal(_healing(recipe, step.heal))
+        if step.prune:
+            refuse_without_healing(step.prune.criterion, step.prune.heal)
         if step.retop:
             anatomy = plan_retop(anatomy, step.retop.spec).result(anatomy)
         elif step.prune and step.prune.keep_experts is None:

@@ -56,7 +56,7 @@ COUNTING = ("frequency", "random")
 def scores_of(statistics: Statistics, criterion: str, seed: int = 0) -> Array:
     """Return the scores [L, E] of ``criterion``."""
     if criterion not in CRITERIA:
-        raise UsageError(f"--criterion {criterion} is not one of {', '.join(CRITERIA)}")
+        raise UsageError(f"--criterion {criterion} is not one of {', '.join(CRITERIA)}, healed")
     if seed < 0:
         raise UsageError(f"--seed {seed} is negative; choose a number from 0 on")
     if statistics.counts_only and criterion not in COUNTING:
