@@ -24,6 +24,18 @@ def heal_spec(
     return HealSpec(traces=tuple(traces), method=method, teacher=teacher, max_tokens=tokens, pace=pace)
 
 
+def show_choice(report: Report) -> None:
+    """Print what the chosen subset of each layer leaves, and the best of the other criteria."""
+    for layer in report.get("choice", {}).get("layers", []):
+        others = {name: each["healed_error"] for name, each in layer["criteria"].items()}
+        name = min(others, key=lambda each: others[each])
+        compared = "all" if layer["exact"] else "a search"
+        print(
+            f"  layer {layer['layer']}: a refit leaves {layer['healed_error']:.4f} of {layer['error']:.4f}, with the "
+            f"choice of {name} {others[name]:.4f} ({layer['refitted']} subsets refitted, {compared})"
+        )
+
+
 def show_healing(report: Report) -> None:
     """Print what healing did, layer by layer and to the held-out loss."""
     healing: Any = report.get("healed")

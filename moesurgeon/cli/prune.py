@@ -10,7 +10,7 @@ import typer
 from moesurgeon.cli import options
 from moesurgeon.cli.curves import show_curves, show_reconstruction
 from moesurgeon.cli.explained import show_explained, show_protection
-from moesurgeon.cli.healed import heal_spec, show_healing
+from moesurgeon.cli.healed import heal_spec, show_choice, show_healing
 from moesurgeon.cli.output import Report, answer, between, table
 from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.cli.written import show_written
@@ -39,8 +39,8 @@ def command(
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="frequency, gate, ean, man, reap, traffic-reap, random or reconstruction (the layer's exact error; "
-            "needs profile --inner). Default: reap; with --below frequency."
+            help="frequency, gate, ean, man, reap, traffic-reap, random, reconstruction (the layer's exact error; "
+            "needs profile --inner) or healed (by what --heal leaves). Default: reap; with --below frequency."
         ),
     ] = None,
     protect: Annotated[
@@ -195,6 +195,7 @@ def _show(report: Report, explain: bool) -> None:
             f"  stability: half of the documents would change {found['changed']:.0%} of what goes, "
             f"{found['worst']:.0%} in layer {found['worst_layer']}{enough}"
         )
+    show_choice(report)
     _show_stages(report["stages"])
     show_healing(report)
     show_written(report)

@@ -49,8 +49,6 @@ def block_data(
     ``name``: of the data in ``room``. Raises CheckpointError for states that are not finite, OutputError for a block
     that is not what healing takes it for.
     """
-    # Granite adds its blocks to the residual with a factor.
-    factor = float(getattr(student.skeleton.model.config, "residual_multiplier", 1.0))
     count = sum(int(layer.walk.batches[number].is_text.sum()) for number in batches)
     device, dtype = student.source.supply.devices[layer.number + 1], student.source.placement.dtype
     wide, top_k = (count, student.anatomy.hidden), (count, student.anatomy.top_k)
@@ -69,20 +67,10 @@ def block_data(
 
         output = layer.forward(student, number, keep)
         (observation,) = seen
-        wanted = layer.walk.hidden[teacher].get(number).to(output.device)
         text = layer.walk.batches[number].is_text.flatten().nonzero().squeeze(-1).to(output.device)
-        missing = ((wanted - output) / factor).flatten(0, 1)[text]
-        target = observation.result[text] + missing
-        if not (torch.isfinite(target).all() and torch.isfinite(observation.inputs).all()):
-            raise CheckpointError(
-                f"layer {layer.number}: hidden states are not finite: the weights hold NaN or infinities, or overflow "
-                "in this --dtype; try float32"
-            )
-        if start == 0 and not replays(student.blocks[layer.number], observation):
-            raise OutputError(
-                f"layer {layer.number}: its experts do not compute what healing takes them to compute; "
-                f"moesurgeon's picture of {student.anatomy.family.title} is wrong here, please report it"
-            )
+        target = wanted_of(layer, student, teacher, number, output, seen=observation, rows=text)
+        if start == 0:
+            refuse_strange(student, observation)
         rows = slice(start, start + len(text))
         data.inputs[rows] = observation.inputs[text].to(data.inputs.device)
         data.target[rows] = target.to(data.target.device)
@@ -91,3 +79,40 @@ def block_data(
         start = rows.stop
     assert start == count
     return data
+
+
+def wanted_of(
+    layer: Layer,
+    student: Stream,
+    teacher: Stream | None,
+    batch: int,
+    output: torch.Tensor,
+    *,
+    seen: Observation,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """Return the target z [n, H] of these ``rows`` of ``batch``, of which the layer made ``output`` [B, T, H].
+
+    Without a ``teacher`` that is what the block gives. Raises CheckpointError for states that are not finite.
+    """
+    target = seen.result[rows]
+    if teacher is not None:
+        # Granite adds its blocks to the residual with a factor.
+        factor = float(getattr(student.skeleton.model.config, "residual_multiplier", 1.0))
+        wanted = layer.walk.hidden[teacher].get(batch).to(output.device)
+        target = target + ((wanted - output) / factor).flatten(0, 1)[rows]
+    if not (torch.isfinite(target).all() and torch.isfinite(seen.inputs).all()):
+        raise CheckpointError(
+            f"layer {layer.number}: hidden states are not finite: the weights hold NaN or infinities, or overflow "
+            "in this --dtype; try float32"
+        )
+    return target
+
+
+def refuse_strange(student: Stream, seen: Observation) -> None:
+    """Raise OutputError if the block's experts do not compute what healing takes them to compute."""
+    if not replays(student.blocks[seen.layer], seen):
+        raise OutputError(
+            f"layer {seen.layer}: its experts do not compute what healing takes them to compute; "
+            f"moesurgeon's picture of {student.anatomy.family.title} is wrong here, please report it"
+        )

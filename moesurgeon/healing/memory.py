@@ -9,11 +9,15 @@ from math import prod
 from moesurgeon.engine.batches import Batch
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.streams import Stream
+from moesurgeon.healing import bound
 from moesurgeon.healing.block import is_of
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.healing.ridge import CHUNK
+from moesurgeon.healing.trials import CACHE, activation_bytes, normal_bytes
+from moesurgeon.profiling.all_experts import LIKELIEST
 
 _FLOAT, _DOUBLE = 4, 8
+_INNER = 256 << 20  # outputs of experts, those in float64, and subsets at once (profiling)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,29 @@ def healing_bytes(student: Stream, method: Method, pace: Pace, batches: Sequence
     tokens = sum(batch.text_tokens for batch in batches)
     row = student.anatomy.hidden * (2 * size + _FLOAT) + student.anatomy.top_k * (8 + _FLOAT)
     return HealingBytes(work, tokens * row + healed) if method != "none" else HealingBytes(0, 0)
+
+
+def trial_bytes(stream: Stream, tokens: int) -> int:
+    """Return what choosing experts of ``stream`` by trials on ``tokens`` of a layer takes beside the walk.
+
+    The sample with what is missing; activations and factors as far as they are kept (``healing.trials``), those of
+    the shared experts as well; normal matrices and activations of one expert; inner products, and what they are made
+    of. And the stream's own copy of a layer that a plan has changed.
+    """
+    anatomy, size = stream.anatomy, stream.source.placement.dtype.itemsize
+    sample = tokens * (anatomy.hidden * (size + 2 * _FLOAT) + 3 * anatomy.experts * _FLOAT)
+    kept = min(LIKELIEST, anatomy.experts)
+    inner = min(tokens, bound.TOKENS) * kept * (kept + 1) * _FLOAT + _INNER
+    work = 0
+    for block in stream.blocks.values():
+        counts = _counts(stream, block, Pace())
+        wide = max(_width(stream, block, name) for name in counts if "down" in name)
+        experts = activation_bytes(anatomy.experts, wide, tokens)
+        factors = normal_bytes(anatomy.experts, wide)
+        need = sum(each if each <= CACHE else 0 for each in (experts, factors))
+        need += normal_bytes(1, wide) + 4 * tokens * wide * _FLOAT  # of the shared, and of the one at work
+        work = max(work, need + (sum(counts.values()) * size if stream.overlay.plan else 0))
+    return sample + inner + work
 
 
 def _counts(student: Stream, block: MoeBlock, pace: Pace) -> dict[str, int]:

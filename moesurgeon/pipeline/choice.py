@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from moesurgeon.selection.protect import Claims
     from moesurgeon.selection.stability import Stability
 
+HEALED = "healed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSpec:
@@ -37,7 +39,8 @@ class PruneSpec:
     reap, with ``below`` frequency. ``seed`` is for the random criterion. ``protect``: texts whose experts stay, each
     NAME[=share] (``selection.protect``). ``virtual``: experts are put out of reach by their bias instead of removed,
     so that layers may lose different numbers. ``curve``: also say what any count costs each layer, and draw it to
-    ``curve_plot`` if that is given. ``heal``: repair the layers on text before writing.
+    ``curve_plot`` if that is given. ``heal``: repair the layers on text before writing; the criterion healed chooses on
+    it as well.
 
     ``stages``: cut in several steps, each with a new profile, as ``selection.counts`` reads it (or a list of counts).
     ``gates``: what the result of each step has to fulfil on validation text, or it is rolled back. ``search``: find the
@@ -73,13 +76,27 @@ class PruneSpec:
 
 
 @dataclass(frozen=True)
+class Unsettled:
+    """What the criterion ``healed`` starts from: how many experts stay, ``fixed`` ones among them, and the profile."""
+
+    count: int
+    profile: Profile
+    fixed: Mapping[int, Collection[int]]
+    claims: Claims | None
+
+
+@dataclass(frozen=True)
 class Choice:
-    """``record``: how it was made, for the result's history; ``evidence`` for it, ``warnings`` against it."""
+    """``record``: how it was made, for the result's history; ``evidence`` for it, ``warnings`` against it.
+
+    ``unsettled``: the count is right, but which experts stay is for the running model to say (``healed_choice``).
+    """
 
     kept: Kept
     record: dict[str, Any]
     evidence: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    unsettled: Unsettled | None = None
 
 
 def plan_chosen(anatomy: Anatomy, choice: Choice, spec: PruneSpec) -> EditPlan:
@@ -105,6 +122,7 @@ def choose(subject: Subject, spec: PruneSpec, progress: Progress = SILENT, *, dr
 
     In a dry run of ``spec`` with nothing but a curve, all stay.
     """
+    refuse_without_healing(spec.criterion, spec.heal)
     if spec.virtual:
         refuse_without_bias(subject.anatomy)
     if spec.keep_experts is not None:
@@ -134,9 +152,24 @@ def choose(subject: Subject, spec: PruneSpec, progress: Progress = SILENT, *, dr
         evidence, warnings = _curve(subject.anatomy, spec, profile, progress, {})
         return Choice(everyone, {"criterion": None}, evidence, warnings)
     choice = choose_by(subject.anatomy, spec, profile, progress, dry_run=dry_run)
+    if choice.unsettled is not None:
+        return choice
     criterion = choice.record["criterion"]
     why = explain_choice(subject.anatomy, profile, choice.kept, criterion, spec.seed, virtual=spec.virtual)
     return replace(choice, evidence={**choice.evidence, **why})
+
+
+def refuse_without_healing(criterion: str | None, heal: HealSpec | None) -> None:
+    """Raise UsageError for the criterion ``healed`` where nothing is healed."""
+    if criterion == HEALED and heal is None:
+        raise UsageError(
+            "--criterion healed keeps the experts with which healing leaves least, so it needs text: add --heal TRACES"
+        )
+    if criterion == HEALED and heal is not None and heal.method == "none":
+        raise UsageError(
+            "--criterion healed is for a cut that is healed, and --heal-method none heals nothing; choose by reap, or "
+            "another method"
+        )
 
 
 def choose_by(
@@ -158,6 +191,14 @@ def choose_by(
         spared = None if claims is None else claims.protected
         evidence["candidates"] = candidates(statistics, spec.below, anatomy.groups[0], spared)
     found: Stability | None
+    if criterion == HEALED and count is not None and count < anatomy.experts:
+        # Any experts will do until then.
+        by = "frequency" if statistics.counts_only else "reap"
+        kept = choose(scores_of(statistics, by), fixed=fixed)
+        if spec.wants_curve:
+            evidence |= _curve(anatomy, spec, profile, progress, fixed)[0]
+        unsettled = Unsettled(count, profile, fixed, claims)
+        return Choice(kept, _record(spec, profile, criterion), evidence, unsettled=unsettled)
     if criterion == "reconstruction":
         from moesurgeon.pipeline.subsets import reconstruct
 

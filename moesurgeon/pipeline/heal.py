@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import UsageError
 from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, Measurement, measure
 from moesurgeon.healing.heal import heal, refuse_quantised
-from moesurgeon.healing.memory import healing_bytes
+from moesurgeon.healing.memory import healing_bytes, trial_bytes
 from moesurgeon.healing.pace import METHODS
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.healing.room import Room
+from moesurgeon.pipeline.healed_choice import HELDOUT_TOKENS, TOKENS, Fixed, LayerChoice, Starts, choose_healed
 from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import read_text, trace_specs, window_length
@@ -91,6 +92,42 @@ class Healer:
             label="judging",
         )
 
+    def choose(
+        self, plan: EditPlan | None, count: int, *, starts: Starts, fixed: Fixed | None = None
+    ) -> dict[int, LayerChoice]:
+        """Return by layer which ``count`` experts of what ``plan`` makes (None: of the checkpoint) leave least.
+
+        Least after the refit, on this text. ``starts`` and ``fixed`` as in ``pipeline.healed_choice``, in the
+        numbering of the plan's result.
+        """
+        changes = plan is not None and not plan.changes_nothing
+        stream = Stream(self._student_source, Overlay(plan=plan) if changes else None)
+        itself = not changes and self.teacher.source is self._student_source
+        teacher = None if itself else self.teacher
+        streams = [stream] if teacher is None else [teacher, stream]
+        walk = Walk(streams, [*self.learn, *self.held], self.folder)
+        return choose_healed(
+            walk,
+            stream,
+            range(len(self.learn)),
+            range(len(self.learn), len(walk.batches)),
+            count,
+            teacher=teacher,
+            fixed=fixed,
+            starts=starts,
+            progress=self._progress,
+        )
+
+    def choice_text(self) -> dict[str, Any]:
+        """Return on what :meth:`choose` rests: hashes of the text, and how many tokens of a layer were sampled."""
+        train, judge = (sum(corpus.tokens.values()) for corpus in (self.train, self.judge))
+        return {
+            "choice_traces": dict(self.train.hashes),
+            "choice_heldout_traces": dict(self.judge.hashes),
+            "choice_tokens": min(TOKENS, train),
+            "choice_heldout_tokens": min(HELDOUT_TOKENS, judge),
+        }
+
     def heal(self, plan: EditPlan) -> tuple[EditPlan, dict[str, Any], Measurement]:
         """Return ``plan`` with healed tensors, the report (errors by layer, losses), and what judged the result.
 
@@ -138,9 +175,12 @@ class Healer:
 
 @contextmanager
 def healer(
-    subject: Subject, spec: HealSpec, running: Running, progress: Progress, *, like: EditPlan
+    subject: Subject, spec: HealSpec, running: Running, progress: Progress, *, like: EditPlan, choosing: bool = False
 ) -> Iterator[Healer]:
-    """Open what healing plans of ``subject`` takes; memory is shared out for such as ``like``."""
+    """Open what healing plans of ``subject`` takes; memory is shared out for such as ``like``.
+
+    ``choosing``: and for :meth:`Healer.choose`.
+    """
     check_heal(spec)
     other = _teacher(subject, spec)
     placement = place(running.device, running.dtype, subject.stored_dtype)
@@ -162,20 +202,26 @@ def healer(
         if spec.method != "none":
             refuse_quantised(student)
         batches = [batch for each in (train, judge) for batch in _batched(each, sources[0], subject, spec)]
-        fits = _share_out(sources, student, spec, running, batches)
+        trials = trial_bytes(Stream(sources[0]), TOKENS + HELDOUT_TOKENS) if choosing else 0
+        fits = _share_out(sources, student, spec, running, batches, trials)
         folder: Path | None = stack.enter_context(hidden_folder(fits))
         yield Healer(subject, spec, sources, (train, judge), folder, teacher=other or subject, progress=progress)
 
 
 @contextmanager
 def healed(
-    plan: EditPlan, subject: Subject, spec: HealSpec, running: Running, progress: Progress
+    plan: EditPlan,
+    subject: Subject,
+    spec: HealSpec,
+    running: Running,
+    progress: Progress,
+    opened: Healer | None = None,
 ) -> Iterator[tuple[EditPlan, dict[str, Any]]]:
     """Yield ``plan`` with healed tensors, and the report: errors by layer, held-out loss before and after.
 
-    To be written inside the context: what was healed may be in files that end with it.
+    To be written inside the context: what was healed may be in files that end with it, or with what is ``opened``.
     """
-    with healer(subject, spec, running, progress, like=plan) as open_healer:
+    with nullcontext(opened) if opened else healer(subject, spec, running, progress, like=plan) as open_healer:
         better, report, _judged = open_healer.heal(plan)
         yield better, report
 
@@ -200,15 +246,24 @@ def _teacher(subject: Subject, spec: HealSpec) -> Subject | None:
 
 
 def _share_out(
-    sources: Sequence[Source], student: Stream, spec: HealSpec, running: Running, batches: Sequence[Batch]
+    sources: Sequence[Source],
+    student: Stream,
+    spec: HealSpec,
+    running: Running,
+    batches: Sequence[Batch],
+    trials: int = 0,
 ) -> bool:
-    """Divide the memory as ``engine.budget`` does, both streams' states and all that healing takes included."""
+    """Divide the memory as ``engine.budget`` does, both streams' states and all that healing takes included.
+
+    ``trials``: bytes that choosing takes, before healing takes its own.
+    """
     takes = healing_bytes(student, spec.method, spec.pace, batches)
+    work = max(takes.work, trials)
     walking = batches if len(sources) == 2 else [*batches, *batches]
     try:
-        return share_out(running.max_memory, sources, walking, work=takes.work, held=takes.held)
+        return share_out(running.max_memory, sources, walking, work=work, held=takes.held)
     except UsageError as error:
-        if spec.method != "distill":
+        if spec.method != "distill" or trials >= takes.work:
             raise
         less = healing_bytes(student, "ridge", spec.pace, batches).work
         raise UsageError(

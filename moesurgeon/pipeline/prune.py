@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.errors import NothingToDo
-from moesurgeon.pipeline.choice import PruneSpec, choose, plan_chosen
+from moesurgeon.pipeline.choice import Choice, PruneSpec, choose, plan_chosen
 from moesurgeon.pipeline.options import Running, Writing
 from moesurgeon.pipeline.subject import Subject, open_subject
-from moesurgeon.pipeline.write import finish_healed, refuse_output
+from moesurgeon.pipeline.write import finish_healed, refuse_layout, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.surgery.anatomy import Anatomy
@@ -19,6 +20,9 @@ from moesurgeon.surgery.prune import with_mtp_layers
 _VIRTUAL = (
     "pruned virtually: no byte is saved, all experts are still stored and loaded; nobody is given to those that go"
 )
+
+if TYPE_CHECKING:  # imported where it is used: it needs torch
+    from moesurgeon.pipeline.heal import Healer
 
 
 def prune(
@@ -55,6 +59,33 @@ def _at_once(
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     choice = choose(subject, spec, progress, dry_run=writing.dry_run)
+    with ExitStack() as stack:
+        opened = None
+        if choice.unsettled is not None:
+            assert spec.heal is not None
+            # Needs the running model, which nothing else here does.
+            from moesurgeon.pipeline.heal import healer
+            from moesurgeon.pipeline.healed_choice import settled
+
+            like = plan_chosen(anatomy, choice, spec)
+            refuse_layout(like, subject, writing)
+            opened = stack.enter_context(healer(subject, spec.heal, running, progress, like=like, choosing=True))
+            choice = settled(choice, opened, anatomy)
+        return _carry_out(subject, spec, choice, writing, running, progress, opened=opened)
+
+
+def _carry_out(
+    subject: Subject,
+    spec: PruneSpec,
+    choice: Choice,
+    writing: Writing,
+    running: Running,
+    progress: Progress,
+    *,
+    opened: Healer | None,
+) -> tuple[dict[str, Any], bool]:
+    """Plan what ``choice`` says, heal it, write it, and report."""
+    anatomy = subject.anatomy
     how = choice.record
     kept = {layer: tuple(sorted(choice.kept[layer])) for layer in sorted(choice.kept)}
     kept = kept if spec.virtual else with_mtp_layers(anatomy, kept)
@@ -77,7 +108,7 @@ def _at_once(
         "stages": [],
         **choice.evidence,
         **how,
-        **finish_healed(plan, subject, spec.heal, running, writing, progress),
+        **finish_healed(plan, subject, spec.heal, running, writing, progress, opened=opened),
     }
     return report, set(anatomy.mtp_layers) <= set(choice.kept)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.engine import device
-from moesurgeon.pipeline.choice import PruneSpec
+from moesurgeon.pipeline.choice import PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
 from moesurgeon.pipeline.heal import check_heal
 from moesurgeon.pipeline.options import HealSpec
@@ -38,6 +38,8 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
     for step in recipe.steps:
         if step.heal:
             check_heal(healing_of(recipe, step.heal))
+        if step.prune:
+            refuse_without_healing(step.prune.criterion, step.prune.heal)
         if step.retop:
             anatomy = plan_retop(anatomy, step.retop.spec).result(anatomy)
         elif step.prune:

@@ -22,9 +22,11 @@ from moesurgeon.errors import GateFailed
 from moesurgeon.evaluation.figures import figures_of
 from moesurgeon.evaluation.gate import Gate, failure
 from moesurgeon.evaluation.summary import summarise
-from moesurgeon.pipeline.choice import Choice, PruneSpec, choose, choose_by, plan_chosen
+from moesurgeon.pipeline.choice import HEALED, Choice, PruneSpec, choose, choose_by, plan_chosen, refuse_without_healing
 from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
+from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.heal import Healer, healer
+from moesurgeon.pipeline.healed_choice import settled
 from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.stage_folder import StageFolder, stage_folder
 from moesurgeon.pipeline.stage_profile import stage_profile
@@ -48,6 +50,7 @@ def prune_in_stages(
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     heal = heal_of(spec)
+    refuse_without_healing(spec.criterion, heal)
     text = Text(traces=heal.traces, length=heal.length)
     gate = read_gate(subject, text, EvaluateSpec(gates=spec.gates), has_teacher=True)
     counts = _by_file(subject, spec) or counts_of(anatomy, spec)
@@ -61,7 +64,9 @@ def prune_in_stages(
         np.zeros((len(anatomy.moe_layers), anatomy.experts)), anatomy.moe_layers, max(counts), anatomy.groups[0]
     )
     folder = spec.run or writing.output.with_name(f".{writing.output.name}.stages")
-    with healer(subject, heal, running, progress, like=plan_prune(anatomy, like)) as open_healer:
+    with healer(
+        subject, heal, running, progress, like=plan_prune(anatomy, like), choosing=spec.criterion == HEALED
+    ) as open_healer:
         digest = _digest(subject, spec, open_healer)
         with stage_folder(folder, digest, stays=spec.run is not None) as stages:
             work = _Stages(subject, spec, open_healer, stages, gate, progress)
@@ -190,13 +195,22 @@ class _Stages:
         """Choose by the profile that was given, for the source; by a new one of the overlay for what came of it."""
         spec = replace(self._spec, keep=count, ratio=None, below=None, curve=False, curve_plot=None)
         is_source = state.anatomy.experts == self._subject.anatomy.experts
-        if is_source and (spec.profile or spec.keep_experts):
-            return choose(self._subject, spec if spec.keep_experts is None else self._spec, self._progress)
-        place = self._folder.path / ("profile" if is_source else f"{name}.profile")
-        profile = stage_profile(
-            self._healer, state.plan, place, self._subject.fingerprint, spec.criterion, self._progress
-        )
-        return choose_by(state.anatomy, spec, profile, self._progress)
+        if is_source and spec.keep_experts is not None:
+            return choose(self._subject, self._spec, self._progress)
+        if is_source and spec.profile is not None:
+            choice = choose(self._subject, spec, self._progress)
+        else:
+            place = self._folder.path / ("profile" if is_source else f"{name}.profile")
+            profile = stage_profile(
+                self._healer, state.plan, place, self._subject.fingerprint, spec.criterion, self._progress
+            )
+            choice = choose_by(state.anatomy, spec, profile, self._progress)
+            if choice.unsettled is None:
+                why = explain_choice(state.anatomy, profile, choice.kept, choice.record["criterion"], spec.seed)
+                choice = replace(choice, evidence={**choice.evidence, **why})
+        if choice.unsettled is None:
+            return choice
+        return settled(choice, self._healer, state.anatomy, None if is_source else state.plan)
 
     def _nothing_passed(self) -> None:
         verdict = self._lines[-1]["gate"]

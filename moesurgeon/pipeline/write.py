@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.errors import NothingToDo, UsageError
@@ -14,6 +14,9 @@ from moesurgeon.progress import Progress
 from moesurgeon.surgery.apply import apply
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, compose
+
+if TYPE_CHECKING:  # imported where it is used: it needs torch
+    from moesurgeon.pipeline.heal import Healer
 
 
 def refuse_output(target: Path, holds: str, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
@@ -60,6 +63,12 @@ def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progres
     return report
 
 
+def refuse_layout(plan: EditPlan, subject: Subject, writing: Writing) -> None:
+    """Raise now, before the work, what storing the result of ``plan`` as ``writing`` says would raise."""
+    if writing.layout is not None:
+        plan_layout(plan.result(subject.anatomy), writing.layout)
+
+
 def finish_healed(
     plan: EditPlan,
     subject: Subject,
@@ -67,20 +76,22 @@ def finish_healed(
     running: Running,
     writing: Writing,
     progress: Progress,
+    *,
+    opened: Healer | None = None,
 ) -> dict[str, Any]:
     """Do what :func:`finish` does, after healing if ``heal`` says how; a dry run says what would heal, and does not.
 
-    ``healing`` of the report is by layer, ``healed`` says what the whole came to.
+    ``healing`` of the report is by layer, ``healed`` says what the whole came to. ``opened``: what heals, if it is
+    open already.
     """
     if heal is None or plan.changes_nothing:
         return {"healing": [], **finish(plan, subject, writing, progress)}
     from moesurgeon.pipeline.heal import check_heal, healed  # needs the running model, which nothing else here does
 
     check_heal(heal)
-    if writing.layout is not None:  # what it refuses, before the work
-        plan_layout(plan.result(subject.anatomy), writing.layout)
+    refuse_layout(plan, subject, writing)
     if writing.dry_run:
         return {"healing": [], "healed": {"planned": asdict(heal)}, **finish(plan, subject, writing, progress)}
-    with healed(plan, subject, heal, running, progress) as (better, report):
+    with healed(plan, subject, heal, running, progress, opened) as (better, report):
         layers = report.pop("layers")
         return {"healing": layers, "healed": report, **finish(better, subject, writing, progress)}

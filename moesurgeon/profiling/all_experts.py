@@ -6,7 +6,7 @@ Legend: n tokens at a time, m experts that are run for a token, E experts, H hid
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,37 +138,44 @@ class AllExperts:
 
     def _reduced(self, block: MoeBlock, seen: Observation, rows: Rows) -> NDArray[np.float32]:
         """Return the rows [n, width] of the sampled ``rows`` of one block, computed in float64."""
-        device, kept = seen.inputs.device, self.shape.kept
-        at = torch.from_numpy(rows).to(device)
+        kept = self.shape.kept
+        at = torch.from_numpy(rows).to(seen.inputs.device)
         likeliest = likeliest_experts(self._routing, seen.logits[at], seen.indices[at], selection_bias(block), kept)
-        hidden = seen.inputs.shape[-1]
         found = np.empty((len(rows), self._width), np.float32)
-        step = max(1, _OUTPUTS // (kept * hidden * seen.inputs.dtype.itemsize))
-        finer = max(1, _DOUBLES // (kept * hidden * 8))
-        for first in range(0, len(rows), step):
-            some, chosen = at[first : first + step], likeliest[first : first + step]
-            outputs = torch.zeros(len(some), kept, hidden, dtype=seen.inputs.dtype, device=device)
-            for _expert, token, rank, output in expert_outputs(block.experts, seen.inputs[some], chosen):
-                outputs[token, rank] = output.to(outputs.dtype)
-            for start in range(0, len(some), finer):
-                place = slice(start, start + finer)
-                f, y = outputs[place].double(), seen.output[some[place]].double()
-                parts = [
-                    torch.bmm(f, f.transpose(1, 2)).flatten(1),
-                    torch.bmm(f, y[:, :, None]).squeeze(-1),
-                    y.square().sum(-1, keepdim=True),
-                    seen.logits[some[place]].double(),
-                ]
-                if kept < self.shape.experts:
-                    parts.append(chosen[place].double())
-                values = torch.cat(parts, dim=1).float().cpu().numpy()
-                found[first + start : first + start + len(f)] = values
+        for place, products in inner_products(block, seen.inputs[at], seen.output[at], likeliest):
+            parts = [*products, seen.logits[at[place]].double()]
+            if kept < self.shape.experts:
+                parts.append(likeliest[place].double())
+            found[place] = torch.cat([part.flatten(1) for part in parts], dim=1).float().cpu().numpy()
         if not np.isfinite(found).all():
             raise CheckpointError(
                 f"layer {block.layer}: an expert that was run on tokens of others gives no number, or one too large; "
                 "try --dtype float32, or leave --inner out"
             )
         return found
+
+
+def inner_products(
+    block: MoeBlock, inputs_nH: torch.Tensor, output_nH: torch.Tensor, experts_nm: torch.Tensor
+) -> Iterator[tuple[slice, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """Yield, for some rows at a time, <f_i, f_j> [r, m, m], <f_j, y> [r, m] and |y|^2 [r, 1] in float64.
+
+    f are the outputs of ``experts_nm`` on ``inputs_nH``, y is ``output_nH``.
+    """
+    kept, hidden = experts_nm.shape[1], inputs_nH.shape[1]
+    step = max(1, _OUTPUTS // (kept * hidden * inputs_nH.dtype.itemsize))
+    finer = max(1, _DOUBLES // (kept * hidden * 8))
+    for first in range(0, len(inputs_nH), step):
+        some, chosen = inputs_nH[first : first + step], experts_nm[first : first + step]
+        outputs = torch.zeros(len(some), kept, hidden, dtype=some.dtype, device=some.device)
+        for _expert, token, rank, output in expert_outputs(block.experts, some, chosen):
+            outputs[token, rank] = output.to(outputs.dtype)
+        for start in range(0, len(some), finer):
+            f = outputs[start : start + finer].double()
+            place = slice(first + start, first + start + len(f))
+            y = output_nH[place].double()
+            products = torch.bmm(f, y[:, :, None]).squeeze(-1)
+            yield place, (torch.bmm(f, f.transpose(1, 2)), products, y.square().sum(-1, keepdim=True))
 
 
 def likeliest_experts(

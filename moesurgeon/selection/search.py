@@ -51,7 +51,7 @@ class Found:
 
 
 def search(
-    errors: Errors,
+    errors: Errors | Measured,
     experts: int,
     count: int,
     *,
@@ -68,18 +68,29 @@ def search(
     size, each = experts // groups, count // groups
     held = [[e for e in range(g * size, (g + 1) * size) if e in set(fixed)] for g in range(groups)]
     assert all(len(part) <= each for part in held), "more experts are fixed than can stay"
-    measured = _Measured(errors, experts)
-    if math.prod(math.comb(size - len(part), each - len(part)) for part in held) <= enumerated:
+    measured = errors if isinstance(errors, Measured) else Measured(errors, experts)
+    if number_of_subsets(experts, count, groups=groups, fixed=fixed) <= enumerated:
         subsets = list(_all(size, each, held))
         best = min(zip(measured(subsets), subsets, strict=True))  # ties: the first in order
         return Found(best[1], best[0], measured.count, exact=True)
-    limits = _Limits(size, each, frozenset(fixed))
+    limits = Limits(size, each, frozenset(fixed))
     ends = [_eliminated(measured, tuple(range(experts)), count, limits)]
     ends += [tuple(sorted(start)) for start in starts if limits.allow(start, groups)]
     ends = list(dict.fromkeys(ends))
     cheapest = [end for _error, end in sorted(zip(measured(ends), ends, strict=True))[:_BETTERED]]
     error, kept = min(_bettered(measured, end, experts, limits) for end in cheapest)
     return Found(kept, error, measured.count, exact=False)
+
+
+def number_of_subsets(experts: int, count: int, *, groups: int = 1, fixed: Collection[int] = ()) -> int:
+    """Return how many choices there are.
+
+    >>> number_of_subsets(8, 6), number_of_subsets(8, 6, groups=2), number_of_subsets(8, 6, fixed=[0])
+    (28, 16, 21)
+    """
+    size, each = experts // groups, count // groups
+    held = [sum(expert // size == group for expert in set(fixed)) for group in range(groups)]
+    return math.prod(math.comb(size - part, each - part) if part <= each else 0 for part in held)
 
 
 def nested(
@@ -90,11 +101,11 @@ def nested(
     Down to ``least`` experts: each choice is within the one before, so that this is a curve of error against count.
     """
     size = experts // groups
-    measured = _Measured(errors, experts)
+    measured = Measured(errors, experts)
     kept = tuple(range(experts))
     curve = [(kept, measured([kept])[0])]
     while len(kept) - groups >= max(least, len(set(fixed))):
-        limits = _Limits(size, len(kept) // groups - 1, frozenset(fixed))
+        limits = Limits(size, len(kept) // groups - 1, frozenset(fixed))
         if any(not limits.removable(kept, group) for group in range(groups)):
             break
         kept = _eliminated(measured, kept, len(kept) - groups, limits)
@@ -102,8 +113,8 @@ def nested(
     return curve
 
 
-class _Measured:
-    """Remembers what was measured, by the bits of those that are kept."""
+class Measured:
+    """Remembers what was measured, by the bits of those that are kept; :func:`search` takes one to leave it there."""
 
     def __init__(self, errors: Errors, experts: int) -> None:
         self._errors, self._experts = errors, experts
@@ -112,6 +123,14 @@ class _Measured:
     @property
     def count(self) -> int:
         return len(self._known)
+
+    def knows(self, subset: tuple[int, ...]) -> bool:
+        return _bits(subset) in self._known
+
+    def cheapest(self, size: int, limits: Limits, groups: int) -> list[tuple[int, ...]]:
+        """Return what was measured of ``size`` experts within ``limits``, the cheapest first."""
+        known = ((cost, self._subset(key)) for key, cost in self._known.items() if key.bit_count() == size)
+        return [subset for _cost, subset in sorted(known) if limits.allow(subset, groups)]
 
     def __call__(self, subsets: Sequence[tuple[int, ...]]) -> list[float]:
         keys = [_bits(subset) for subset in subsets]
@@ -123,10 +142,13 @@ class _Measured:
             self._known.update(zip(new, _numbers(self._errors(kept)), strict=True))
         return [self._known[key] for key in keys]
 
+    def _subset(self, key: int) -> tuple[int, ...]:
+        return tuple(expert for expert in range(self._experts) if key >> expert & 1)
+
     def without(self, kept: tuple[int, ...], going: Sequence[int]) -> list[float]:
         """Return the cost of ``kept`` without each of ``going``."""
         if not isinstance(self._errors, Removals):
-            return self([_without(kept, expert) for expert in going])
+            return self([without(kept, expert) for expert in going])
         whole = _bits(kept)
         keys = [whole ^ (1 << expert) for expert in going]
         if not all(key in self._known for key in keys):
@@ -148,7 +170,7 @@ def _numbers(errors: Array) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
     """Groups of ``size`` that keep ``each``, ``fixed`` among them."""
 
     size: int
@@ -174,18 +196,16 @@ def _all(size: int, each: int, held: Sequence[Sequence[int]]) -> Iterator[tuple[
         yield tuple(itertools.chain.from_iterable(parts))
 
 
-def _eliminated(measured: _Measured, kept: tuple[int, ...], count: int, limits: _Limits) -> tuple[int, ...]:
+def _eliminated(measured: Measured, kept: tuple[int, ...], count: int, limits: Limits) -> tuple[int, ...]:
     """Return the ``count`` of ``kept`` that are left when always the one goes that is missed least."""
     groups = range(max(kept) // limits.size + 1)
     while len(kept) > count:
         going = [expert for group in groups for expert in limits.removable(kept, group)]
-        kept = _without(kept, going[int(np.argmin(measured.without(kept, going)))])
+        kept = without(kept, going[int(np.argmin(measured.without(kept, going)))])
     return kept
 
 
-def _bettered(
-    measured: _Measured, kept: tuple[int, ...], experts: int, limits: _Limits
-) -> tuple[float, tuple[int, ...]]:
+def _bettered(measured: Measured, kept: tuple[int, ...], experts: int, limits: Limits) -> tuple[float, tuple[int, ...]]:
     """Return what is left, and its cost, when each that went is taken back where another is missed less."""
     error = measured([kept])[0]
     for _round in range(_ROUNDS):
@@ -198,11 +218,11 @@ def _bettered(
             costs = measured.without(more, going)
             if going and min(costs) < error:
                 place = int(np.argmin(costs))
-                kept, error = _without(more, going[place]), costs[place]
+                kept, error = without(more, going[place]), costs[place]
         if kept == before:
             break
     return error, kept
 
 
-def _without(kept: tuple[int, ...], expert: int) -> tuple[int, ...]:
+def without(kept: tuple[int, ...], expert: int) -> tuple[int, ...]:
     return tuple(each for each in kept if each != expert)

@@ -45,6 +45,36 @@ def test_prune(name: str, out: Path, profiles: dict[str, Path]) -> None:
     assert "heal" in succeeded("verify", out).out
 
 
+def test_chosen_by_what_healing_leaves(out: Path, profiles: dict[str, Path]) -> None:
+    heal = ("--criterion", "healed", "--heal", "builtin:json", "--heal-method", "ridge", *LITTLE)
+    arguments = ("prune", MIXTRAL, out, "--profile", profiles[MIXTRAL], "--keep", "7", *heal)
+    planned = succeeded(*arguments, "--dry-run")
+    assert contents(out.parent) == {} and "would heal on builtin:json" in planned.out
+    line = re.compile(
+        r"  layer \d: a refit leaves 0\.\d{4} of 0\.\d{4}, with the choice of [a-z-]+ 0\.\d{4} "
+        r"\(8 subsets refitted, all\)"
+    )
+    assert len([each for each in planned.out.splitlines() if line.fullmatch(each)]) == 4, planned.out
+    written = succeeded(*arguments, "--json").json
+    assert written["criterion"] == "healed" and [each["layer"] for each in written["choice"]["layers"]] == [0, 1, 2, 3]
+    assert written["choice"]["choice_tokens"] == 2048
+    for layer in written["choice"]["layers"]:
+        assert layer["healed_error"] <= min(each["healed_error"] for each in layer["criteria"].values())
+        loses = f"  layer {layer['layer']} loses {written['dropped'][str(layer['layer'])][0]}"
+        assert loses in planned.out.splitlines()
+    history = succeeded("verify", out, "--source", MIXTRAL, "--json").json["history"]
+    assert history[0][0]["criterion"] == "healed"
+
+
+def test_chosen_by_what_healing_leaves_needs_healing(out: Path, profiles: dict[str, Path]) -> None:
+    prune = ("prune", MIXTRAL, out, "--profile", profiles[MIXTRAL], "--keep", "6", "--criterion", "healed")
+    refused(2, *prune, says=("--criterion healed", "add --heal TRACES"))
+    refused(2, *prune, "--heal", "builtin:json", "--heal-method", "none", says=("--heal-method none heals nothing",))
+    refused(3, *prune, "--heal", "nowhere.jsonl", says=("nowhere.jsonl",))
+    refused(2, *prune, "--heal", "builtin:json", "--max-memory", "1MB", says=("--max-memory",))
+    assert contents(out.parent) == {}
+
+
 def test_retop(out: Path) -> None:
     arguments = ("retop", MIXTRAL, out, "--calibrate", "builtin:json", *LITTLE)
     shown = succeeded(*arguments).out
