@@ -12,7 +12,14 @@ if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
 
 
 def heal_spec(
-    traces: list[str], method: Method, *, tokens: int, steps: int, router: bool, teacher: str | None
+    traces: list[str],
+    method: Method,
+    *,
+    tokens: int,
+    steps: int,
+    router: bool,
+    rank: int | None,
+    teacher: str | None,
 ) -> HealSpec | None:
     """Return what heals, or None where no text was named."""
     from moesurgeon.healing.pace import Pace
@@ -20,7 +27,7 @@ def heal_spec(
 
     if not traces:
         return None
-    pace = Pace(steps=steps, router=router)
+    pace = Pace(steps=steps, router=router, rank=rank)
     return HealSpec(traces=tuple(traces), method=method, teacher=teacher, max_tokens=tokens, pace=pace)
 
 

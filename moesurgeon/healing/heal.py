@@ -99,7 +99,7 @@ def _healed(
         if step == "distill":
             candidate, _ = distilled(block, values, train, heldout, pace, advance)
         else:
-            candidate = refitted(block, train, heldout, method=step, room=room)
+            candidate = refitted(block, train, heldout, method=step, rank=pace.rank, room=room)
         candidate = {name: student.as_stored(f"{block.name}.{name}", tensor) for name, tensor in candidate.items()}
         found = error_of(block, {**own, **candidate}, heldout)
         kept = found < error
