@@ -11,7 +11,7 @@ from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.streams import Stream
 from moesurgeon.healing.block import is_of
 from moesurgeon.healing.pace import Method, Pace
-from moesurgeon.healing.ridge import CHUNK
+from moesurgeon.healing.ridge import ROW_BYTES, chunk_tokens
 
 _FLOAT, _DOUBLE = 4, 8
 
@@ -58,16 +58,17 @@ def refit_bytes(high: int, wide: int, rank: int | None, method: Method = "ridge"
     matrix, the span so far, and its QR decomposition; in a solution two matrices more of that size, and seven of the
     size of the change (moments, solutions, products); at the end the change itself.
     """
-    chunk = CHUNK * 3 * (wide + high)
+    tokens = chunk_tokens(high, wide)
+    chunk = tokens * (wide + high) * ROW_BYTES // _DOUBLE
     if method == "scale":
         return (chunk + 3 * high * wide) * _DOUBLE
     size = wide if rank is None else min(rank, wide)
     span = wide * size if size < wide else 0
     phases = (
-        chunk + 5 * span + (CHUNK * size if span else 0),
-        chunk + span + 2 * (size**2 + high * size) + (CHUNK * size if span else 0),
+        chunk + 5 * span + (tokens * size if span else 0),
+        chunk + span + 2 * (size**2 + high * size) + (tokens * size if span else 0),
         span + 4 * size**2 + 7 * high * size,
-        chunk + 4 * high * wide,
+        chunk + span + 2 * high * wide,
     )
     return max(phases) * _DOUBLE
 

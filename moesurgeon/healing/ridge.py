@@ -32,7 +32,10 @@ from moesurgeon.healing.room import Room
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0)
 SWEEPS = 2
 CHUNK = 4096
-"""Tokens whose activations are held at once in float64."""
+"""Tokens whose activations are held at once in float64, if they do not take more than ``CHUNK_BYTES``."""
+CHUNK_BYTES = 256 << 20
+ROW_BYTES = 28
+"""For each of the H + F values of a token: gate, up and their product, and the chunk before it in float64."""
 
 Activations = Callable[[BlockData, torch.Tensor], torch.Tensor]
 """Of these rows of the data what the map is fed [n, F]."""
@@ -92,20 +95,30 @@ def _improve(
     change = _scaled(part, train, heldout) if method == "scale" else _ridged(part, train, heldout, rank)
     if change is None:
         return
-    before = part.weight.to(change)
-    part.weight.copy_(before + change)
-    change = part.weight.to(change) - before  # as rounded
+    for weight, more in zip(part.weight.split(512), change.split(512), strict=True):
+        before = weight.to(more)
+        weight.copy_(before + more)
+        more.copy_(weight.to(more) - before)  # as rounded
     for data, rows, each in zip(sets, part.rows, missing, strict=True):
-        for some in rows.split(CHUNK):
+        for some in rows.split(chunk_tokens(*part.weight.shape)):
             fed = factor(part.activations(data, some))
             each.index_add_(0, some.to(each.device), (fed @ change.T.to(fed)).to(each), alpha=-1.0)
+
+
+def chunk_tokens(high: int, wide: int) -> int:
+    """Return how many tokens a map [H, F] is fed at once (``high``, ``wide``).
+
+    >>> chunk_tokens(2048, 1408), chunk_tokens(4096, 14336)
+    (2774, 520)
+    """
+    return max(64, min(CHUNK, CHUNK_BYTES // (ROW_BYTES * (high + wide))))
 
 
 def _chunks(
     part: _Part, data: BlockData, rows: torch.Tensor, missing: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield what the part is fed [n, F] and what is missing [n, H], a chunk of its tokens at a time."""
-    for some in rows.split(CHUNK):
+    for some in rows.split(chunk_tokens(*part.weight.shape)):
         yield part.activations(data, some), missing[some.to(missing.device)].to(part.weight.device)
 
 

@@ -1,4 +1,4 @@
-"""Refits in the span of leading directions: against plain float64, and the full refit where the span is all there is."""
+"""Refits in the span of leading directions: against plain float64, and the full refit where that is all."""
 
 from __future__ import annotations
 

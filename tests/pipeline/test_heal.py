@@ -186,7 +186,8 @@ def test_what_healing_takes_is_known_before(tiny: Subject, monkeypatch: pytest.M
     from tests.engine.small import source_of
     from tests.laws.walks import text
 
-    monkeypatch.setattr("moesurgeon.healing.memory.CHUNK", 1)  # of these sizes the activations would be most
+    # Of these sizes the activations would be most.
+    monkeypatch.setattr("moesurgeon.healing.memory.chunk_tokens", lambda *_given: 1)
     student = Stream(source_of(tiny), Overlay(plan=plan_retop(tiny.anatomy, RetopSpec(top_k=1))))
     batches, pace = [text(64, 32)], Pace(tokens_per_step=8)
     layer = sum(tensor.numel() for name, tensor in student.blocks[1].module.named_parameters() if "proj" in name)
