@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moesurgeon.engine.routing import routing_of
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import CheckpointError
@@ -17,6 +18,7 @@ from moesurgeon.healing.distil import distilled
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.healing.ridge import refitted
 from moesurgeon.healing.room import Room
+from moesurgeon.healing.router import fitted_router
 from moesurgeon.progress import SILENT, Advance, Progress
 
 
@@ -67,6 +69,16 @@ def heal(
     return reports
 
 
+def steps_of(method: Method, pace: Pace) -> tuple[str, ...]:
+    """Return what is done to a layer, in this order.
+
+    >>> steps_of("ridge", Pace(router=True)), steps_of("distill", Pace())
+    (('ridge', 'router'), ('ridge', 'distill'))
+    """
+    first = "ridge" if method == "distill" else method
+    return (first, *(["router"] if pace.router else []), *(["distill"] if method == "distill" else []))
+
+
 def refuse_quantised(student: Stream) -> None:
     """Raise CheckpointError if experts are stored with scales, which healing does not make anew."""
     for block in student.blocks.values():
@@ -95,9 +107,12 @@ def _healed(
     error = error_of(block, own, heldout)
     report: dict[str, Any] = {"layer": layer, "tokens": len(train), "error": error, "steps": []}
     values: dict[str, torch.Tensor] = {}
-    for step in ("ridge", "distill") if method == "distill" else (method,):
+    for step in steps_of(method, pace):
         if step == "distill":
             candidate, _ = distilled(block, values, train, heldout, pace, advance)
+        elif step == "router":
+            routing = routing_of(student.anatomy)
+            candidate = values | fitted_router(block, values, train, heldout, routing, seed=pace.seed)
         else:
             candidate = refitted(block, train, heldout, method=step, rank=pace.rank, room=room)
         candidate = {name: student.as_stored(f"{block.name}.{name}", tensor) for name, tensor in candidate.items()}

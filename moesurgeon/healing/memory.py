@@ -12,6 +12,7 @@ from moesurgeon.engine.streams import Stream
 from moesurgeon.healing.block import is_of
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.healing.ridge import ROW_BYTES, chunk_tokens
+from moesurgeon.healing.router import fit_bytes
 
 _FLOAT, _DOUBLE = 4, 8
 
@@ -41,11 +42,16 @@ def healing_bytes(student: Stream, method: Method, pace: Pace, batches: Sequence
         copy = sum(counts.values()) * size
         refit = max(refit_bytes(student.anatomy.hidden, wide, pace.rank, method) for wide in widths)
         need = 2 * downs * size + refit
+        if pace.router:
+            need = max(need, 2 * downs * size + fit_bytes(student.anatomy.experts, student.anatomy.hidden))
         if method == "distill":
             trained = sum(counts.values())
             need = max(need, trained * (5 * _FLOAT + 3 * size) + _activations(student, pace))
         work = max(work, copy + need)
-        healed += (sum(counts.values()) if method == "distill" else downs) * size
+        changed = sum(counts.values()) if method == "distill" else downs
+        if pace.router and method != "distill":
+            changed += student.anatomy.experts * student.anatomy.hidden
+        healed += changed * size
     tokens = sum(batch.text_tokens for batch in batches)
     row = student.anatomy.hidden * (2 * size + _FLOAT) + student.anatomy.top_k * (8 + _FLOAT)
     return HealingBytes(work, tokens * row + healed) if method != "none" else HealingBytes(0, 0)
