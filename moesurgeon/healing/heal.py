@@ -15,6 +15,7 @@ from moesurgeon.errors import CheckpointError
 from moesurgeon.healing.block import error_of, own_values
 from moesurgeon.healing.data import BlockData, block_data
 from moesurgeon.healing.distil import distilled
+from moesurgeon.healing.dropped import explained, move_watched, numbers_of
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.healing.ridge import refitted
 from moesurgeon.healing.room import Room
@@ -36,7 +37,9 @@ def heal(
 ) -> list[dict[str, Any]]:
     """Take both streams of ``walk`` through all layers, healing ``student``'s blocks on the way.
 
-    Returns by layer the error on held-out tokens before and after each step, and whether the step was kept.
+    Returns by layer the error on held-out tokens before and after each step, and whether the step was kept; and of
+    each expert that the student's plan dropped what became of its tokens (``healing.dropped``), where the teacher's
+    experts have the numbers of the student's source.
 
     ``train`` and ``heldout`` are numbers of batches of the walk, which must not share text. What is better on
     held-out tokens goes into ``student.overlay.tensors``, rounded as it is stored; the rest stays as it was.
@@ -49,8 +52,9 @@ def heal(
     total = len(layers) * (pace.steps if method == "distill" else 1)
     with progress.task("healing", total, "steps") as advance, closing(walk.layers()) as walking:
         for layer in walking:
-            for number in (*train, *heldout):
+            for number in train:
                 layer.move(teacher, number)
+            given = move_watched(layer, teacher, heldout)
             if layer.number in layers and method != "none":
                 sets = (
                     block_data(layer, student, teacher, train, room, "train"),
@@ -59,6 +63,13 @@ def heal(
                 values, report = _healed(
                     student, layer.number, sets, method=method, pace=pace, room=room, advance=advance
                 )
+                numbers = numbers_of(student, teacher, layer.number)
+                if numbers is not None and given is not None:
+                    block, own = student.blocks[layer.number], own_values(student.blocks[layer.number])
+                    found = {name.removeprefix(f"{block.name}."): tensor for name, tensor in values.items()}
+                    report["dropped"] = explained(
+                        block, own, {**own, **found}, sets[1], given, numbers, experts=student.source.anatomy.experts
+                    )
                 del sets
                 reports.append(report)
                 for name, tensor in values.items():
