@@ -17,7 +17,7 @@ import torch
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Layer
-from moesurgeon.healing.block import CHUNK, Values, output_of
+from moesurgeon.healing.block import CHUNK, Values, output_of, own_values
 from moesurgeon.healing.data import BlockData
 from moesurgeon.surgery.numbering import source_experts
 
@@ -45,6 +45,22 @@ def move_watched(layer: Layer, teacher: Stream, batches: Sequence[int]) -> torch
         text = layer.walk.batches[number].is_text.flatten().to(chosen[0].device)
         given.append(chosen[0][text])
     return torch.cat(given) if given else None
+
+
+def became_of_dropped(
+    student: Stream, teacher: Stream, layer: int, values: Values, data: BlockData, given_NK: torch.Tensor | None
+) -> dict[str, Any]:
+    """Return ``dropped`` for a layer's report (see :func:`explained`), healed to ``values`` by the student's names.
+
+    Nothing where the teacher counts its experts otherwise than the student's source.
+    """
+    numbers = numbers_of(student, teacher, layer)
+    if numbers is None or given_NK is None:
+        return {}
+    block, own = student.blocks[layer], own_values(student.blocks[layer])
+    healed = own | {name.removeprefix(f"{block.name}."): tensor for name, tensor in values.items()}
+    experts = student.source.anatomy.experts
+    return {"dropped": explained(block, own, healed, data, given_NK, numbers, experts=experts)}
 
 
 def explained(

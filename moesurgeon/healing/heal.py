@@ -15,7 +15,7 @@ from moesurgeon.errors import CheckpointError
 from moesurgeon.healing.block import error_of, own_values
 from moesurgeon.healing.data import BlockData, block_data
 from moesurgeon.healing.distil import distilled
-from moesurgeon.healing.dropped import explained, move_watched, numbers_of
+from moesurgeon.healing.dropped import became_of_dropped, move_watched
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.healing.ridge import refitted
 from moesurgeon.healing.room import Room
@@ -63,13 +63,7 @@ def heal(
                 values, report = _healed(
                     student, layer.number, sets, method=method, pace=pace, room=room, advance=advance
                 )
-                numbers = numbers_of(student, teacher, layer.number)
-                if numbers is not None and given is not None:
-                    block, own = student.blocks[layer.number], own_values(student.blocks[layer.number])
-                    found = {name.removeprefix(f"{block.name}."): tensor for name, tensor in values.items()}
-                    report["dropped"] = explained(
-                        block, own, {**own, **found}, sets[1], given, numbers, experts=student.source.anatomy.experts
-                    )
+                report |= became_of_dropped(student, teacher, layer.number, values, sets[1], given)
                 del sets
                 reports.append(report)
                 for name, tensor in values.items():

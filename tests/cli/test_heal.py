@@ -81,6 +81,7 @@ def test_a_teacher_can_be_named(out: Path, top1: dict[str, Path], tmp_path: Path
         (("--calibrate", "builtin:json", "--heal-method", "magic"), 2, "magic"),
         (("--calibrate", "builtin:json", "--heal-tokens", "7"), 2, "--heal-tokens"),
         (("--calibrate", "builtin:json", "--heal-steps", "0"), 2, "--heal-steps"),
+        (("--calibrate", "builtin:json", "--heal-rank", "0"), 2, "--heal-rank"),
         (("--calibrate", "builtin:json", "--heal-teacher", "nowhere"), 3, "nowhere"),
         (("--calibrate", "builtin:json", "--dtype", "int8"), 2, "int8"),
         (("--calibrate", "builtin:json", "--max-memory", "1MB"), 2, "--heal-method ridge takes"),

@@ -157,6 +157,37 @@ def test_a_layer_that_cannot_be_distilled_says_what_can_be_done(tiny_mixtral: Su
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["ridge", "distill"])
+def test_a_refit_that_is_too_large_names_a_rank_that_fits(
+    method: Any, tiny_mixtral: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "moesurgeon.healing.memory.refit_bytes",
+        lambda _high, wide, rank, _method: 1000 if rank is not None and rank <= 40 else 10**11 + wide,
+    )
+    spec, running = replace(DISTILL, method=method), _limit(2_000_000_000)
+    says = r"; (--heal-method ridge )?--heal-rank 32 takes [\d,]+ rather than 100,[\d,]+ and fits$"
+    with pytest.raises(UsageError, match=says) as error:
+        _retop(tiny_mixtral, tmp_path / "out", spec, running)
+    assert ("--heal-method ridge --heal-rank" in str(error.value)) == (method == "distill")
+    fits = replace(spec, method="ridge", pace=replace(spec.pace, rank=32))
+    assert _retop(tiny_mixtral, tmp_path / "out", fits, running)["healed"]["kept"]
+    with pytest.raises(UsageError) as error:
+        _retop(tiny_mixtral, tmp_path / "other", spec, _limit(0))
+    assert "rank" not in str(error.value)  # none fits
+
+
+def test_a_rank_heals_and_is_recorded(tiny_mixtral: Subject, tmp_path: Path) -> None:
+    losses = {}
+    for rank in (8, 64, None):
+        report = _retop(tiny_mixtral, tmp_path / f"{rank}", replace(RIDGE, pace=Pace(rank=rank)))
+        losses[rank] = report["healed"]["heldout"]
+        operation = verify(str(tmp_path / f"{rank}"))["history"][0][1]
+        assert operation["operation"] == "heal"
+    assert losses[None]["healed"] < losses[8]["healed"] < losses[8]["bare"]
+    assert losses[64]["healed"] < losses[8]["healed"]
+
+
 def test_a_full_disk_is_said(tiny_mixtral: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "share_out", lambda *_given, **_more: False)
 
