@@ -1,6 +1,6 @@
 """What healing costs: tokens/s next to a plain forward pass, peak memory, and how both grow; then larger checkpoints.
 
-    python benchmarks/heal_cost.py [--quick] [--runs 3] [--threads 1] [--device cpu] [--only PART] [--json FILE]
+    python benchmarks/heal_cost.py [--quick] [--runs 2] [--threads 1] [--device cpu] [--only PART] [--json FILE]
                                    [--rates NAME=FILE]
 
 (grow) A synthetic Mixtral of one layer, from which a quarter of the experts is cut: the stock forward pass, ridge,
@@ -39,7 +39,7 @@ from moesurgeon.healing.pace import Method, Pace
 
 PARTS = ("grow", "memory", "rates", "project")
 LENGTH, HELDOUT = 512, 16384
-BASE = {"hidden": 512, "experts": 8, "width": 1024, "tokens": 32768}
+BASE = {"hidden": 256, "experts": 8, "width": 1024, "tokens": 16384}
 GROW: dict[str, tuple[int, ...]] = {
     "experts": (4, 8, 16), "width": (512, 1024, 2048), "tokens": (16384, 32768, 65536),
 }  # fmt: skip
@@ -55,8 +55,8 @@ WAYS: dict[str, tuple[Method, bool]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not what it costs")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="of the distillation that is measured")
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20, help="of the distillation that is measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=PARTS, action="append", help="leave the other parts out")
@@ -175,9 +175,8 @@ def grown(job: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
     said = []
     for way in WAYS:
         row["predicted"][way] = seconds_of(pieces(size, way, found["tokens"], found["heldout"], pace), rates)
-        said.append(
-            f"{way} {found['tokens'] / medians[way]:9,.0f} (predicted {row['predicted'][way] / medians[way]:.2f})"
-        )
+        share = row["predicted"][way] / medians[way]
+        said.append(f"{way} {found['tokens'] / medians[way]:9,.0f} (predicted {share:.2f} of its time)")
     step = (medians["distill"] - medians["ridge"]) / pace.steps
     row |= {"tokens_per_second": {name: found["tokens"] / each for name, each in medians.items()}, "step_seconds": step}
     print(
@@ -222,9 +221,10 @@ def projected(rates: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
             row = {"checkpoint": name, "way": way if way != "low" else f"ridge, rank {rank}", **found, "pieces": made}
             row["hours"] = {each: found["layers"] * seconds_of(made, rate) / 3600 for each, rate in rates.items()}
             hours = "; ".join(f"{each} {hour:,.2f} h" for each, hour in row["hours"].items())
+            work, held = (found[kind] / 1e9 for kind in ("work", "held"))
             print(
-                f"{name:<18} {row['way']:<16} {found['work'] / 1e9:6.1f} GB for a layer at work, {found['held'] / 1e9:6.1f} "
-                f"GB of data and healed tensors (may be files); {hours}",
+                f"{name:<18} {row['way']:<16} a layer at work {work:6.1f} GB, data and healed tensors {held:6.1f} GB "
+                f"(may be files); {hours}",
                 flush=True,
             )
             rows.append(row)
@@ -298,7 +298,7 @@ def work_speed(job: dict[str, Any]) -> dict[str, Any]:
     from moesurgeon.engine.whole import filled
 
     given = opened(job)
-    source, _plan, train, heldout = given
+    _source, _plan, train, heldout = given
     stock_model: Any = filled(opened(job)[0]).base_model
 
     @torch.no_grad()
@@ -394,8 +394,10 @@ def best_of(side: Callable[[], object], job: dict[str, Any]) -> float:
 
 def work_account(job: dict[str, Any]) -> dict[str, Any]:
     """Return what healing takes for a real config, its model built without weights; and what FLOPs follow from."""
+    import numpy as np
     import torch
 
+    from moesurgeon.engine.batches import to_batch
     from moesurgeon.engine.destinations import Destinations
     from moesurgeon.engine.device import Placement
     from moesurgeon.engine.skeleton import build_skeleton
@@ -403,14 +405,15 @@ def work_account(job: dict[str, Any]) -> dict[str, Any]:
     from moesurgeon.healing.memory import healing_bytes
     from moesurgeon.runtime.cost import count_flops
     from moesurgeon.surgery.anatomy import examine
-    from tests.laws.walks import text
+    from moesurgeon.traces.windows import Window
 
     config, tensors = REAL[job["name"]]()
     anatomy = examine(config, {spec.name: spec for spec in tensors})
     device = torch.device("cpu")
     skeleton = build_skeleton(anatomy, torch.bfloat16, device)
     source = Source(anatomy, Placement(device, torch.bfloat16), skeleton, Destinations({}, (1, 1)), None)
-    batches = [text(LENGTH)] * ((98304 + HELDOUT) // LENGTH)
+    window = Window("text", 0, 0, np.zeros(LENGTH, np.int32))
+    batches = [to_batch([window], device)] * ((98304 + HELDOUT) // LENGTH)
     takes = healing_bytes(Stream(source), job["method"], Pace(rank=job["rank"]), batches)
     flops, layers = count_flops(anatomy), len(anatomy.moe_layers)
     kept, wide = anatomy.experts, anatomy.expert_width
@@ -475,8 +478,9 @@ def _ends(vocabulary: int, high: int) -> list[TensorSpec]:
 
 
 def _attention(prefix: str, high: int, keys: int) -> list[TensorSpec]:
-    shapes = {"self_attn.q_proj": (high, high), "self_attn.k_proj": (keys, high), "self_attn.v_proj": (keys, high),
-              "self_attn.o_proj": (high, high), "input_layernorm": (high,), "post_attention_layernorm": (high,)}  # fmt: skip
+    inner = {"q": (high, high), "k": (keys, high), "v": (keys, high), "o": (high, high)}
+    shapes: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj": shape for name, shape in inner.items()}
+    shapes |= {"input_layernorm": (high,), "post_attention_layernorm": (high,)}
     return [_spec(f"{prefix}{name}.weight", *shape) for name, shape in shapes.items()]
 
 
