@@ -10,9 +10,18 @@ if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
     from moesurgeon.healing.pace import Method
     from moesurgeon.pipeline.options import HealSpec
 
+_SHOWN = 4  # of the experts that a layer lost
+
 
 def heal_spec(
-    traces: list[str], method: Method, *, tokens: int, steps: int, router: bool, teacher: str | None
+    traces: list[str],
+    method: Method,
+    *,
+    tokens: int,
+    steps: int,
+    router: bool,
+    rank: int | None,
+    teacher: str | None,
 ) -> HealSpec | None:
     """Return what heals, or None where no text was named."""
     from moesurgeon.healing.pace import Pace
@@ -20,7 +29,7 @@ def heal_spec(
 
     if not traces:
         return None
-    pace = Pace(steps=steps, router=router)
+    pace = Pace(steps=steps, router=router, rank=rank)
     return HealSpec(traces=tuple(traces), method=method, teacher=teacher, max_tokens=tokens, pace=pace)
 
 
@@ -50,9 +59,21 @@ def show_healing(report: Report) -> None:
             f"{step['step']} {step['error']:.4f}{'' if step['kept'] else ' (left)'}" for step in layer["steps"]
         )
         print(f"  layer {layer['layer']}: error {layer['error']:.4f} -> {layer['healed_error']:.4f} ({steps})")
+        _show_dropped(layer.get("dropped", []))
     loss, closed = healing["heldout"], healing["gap_closed"]
     after = "" if healing["method"] == "none" else f", {loss['healed']:.4f} healed"
     share = f" ({closed:.0%} of the gap closed)" if after and closed is not None else ""
     print(f"  held-out loss {loss['teacher']:.4f} before the cut, {loss['bare']:.4f} bare{after}{share}")
     if after and not healing["kept"]:
         print("  healing did not lower the held-out loss and was left out")
+
+
+def _show_dropped(dropped: list[dict[str, Any]]) -> None:
+    """Print of the experts that went, those with the most tokens, what was lost on them and who has them now."""
+    seen = sorted((expert for expert in dropped if expert["tokens"]), key=lambda expert: -expert["tokens"])
+    for expert in seen[:_SHOWN]:
+        now = ", ".join(f"{other['expert']} ({other['share']:.0%})" for other in expert["now"])
+        errors = f"{expert['error_before']:.4f} -> {expert['error_after']:.4f}"
+        print(f"    expert {expert['expert']}: {expert['tokens']:,} held-out tokens, error {errors}, now with {now}")
+    if len(seen) > _SHOWN:
+        print(f"    and {len(seen) - _SHOWN} more that went (--json has them)")

@@ -86,7 +86,19 @@ HealMethod = Annotated[
 ]
 HealTokens = Annotated[int, typer.Option(min=8, help="Tokens to heal on, for all traces together.")]
 HealSteps = Annotated[int, typer.Option(min=1, help="Optimiser steps for each layer at most (distill).")]
-HealRouter = Annotated[bool, typer.Option("--heal-router", help="Train the routers along (distill).")]
+HealRouter = Annotated[
+    bool,
+    typer.Option("--heal-router", help="Let the routers change too: fit after the refit, trained along by distill."),
+]
+HealRank = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="R",
+        help="Refit in the span of the R leading directions of each expert's activations, for wide experts: memory "
+        "grows with R rather than with the width. Default: in all of them.",
+    ),
+]
 HealTeacher = Annotated[
     str | None,
     typer.Option(metavar="CKPT", help="The checkpoint that healing comes back to. Default: the one that is cut."),

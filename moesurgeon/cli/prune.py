@@ -114,6 +114,7 @@ def command(
     heal_tokens: options.HealTokens = 98304,
     heal_steps: options.HealSteps = 600,
     heal_router: options.HealRouter = False,
+    heal_rank: options.HealRank = None,
     heal_teacher: options.HealTeacher = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -148,7 +149,13 @@ def command(
             curve=curve,
             curve_plot=curve_plot,
             heal=heal_spec(
-                heal, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router, teacher=heal_teacher
+                heal,
+                heal_method,
+                tokens=heal_tokens,
+                steps=heal_steps,
+                router=heal_router,
+                rank=heal_rank,
+                teacher=heal_teacher,
             ),
             stages=stages,
             gates=tuple(gate),

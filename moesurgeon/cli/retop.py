@@ -31,6 +31,7 @@ def command(
     heal_tokens: options.HealTokens = 98304,
     heal_steps: options.HealSteps = 600,
     heal_router: options.HealRouter = False,
+    heal_rank: options.HealRank = None,
     heal_teacher: options.HealTeacher = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -61,7 +62,13 @@ def command(
         )
         running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
         healing = heal_spec(
-            calibrate, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router, teacher=heal_teacher
+            calibrate,
+            heal_method,
+            tokens=heal_tokens,
+            steps=heal_steps,
+            router=heal_router,
+            rank=heal_rank,
+            teacher=heal_teacher,
         )
         return retop(source, RetopSpec(top_k=top_k), writing, progress, heal=healing, running=running)
 

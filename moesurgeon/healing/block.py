@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.healing.data import BlockData
+from moesurgeon.healing.exact import sum_of_squares
 
 CHUNK = 8192
 """Tokens that a block is given at once where there are more."""
@@ -48,8 +49,8 @@ def error_of(block: MoeBlock, values: Values, data: BlockData) -> float:
     wrong = norm = 0.0
     for _rows, inputs, target in data.chunks(CHUNK, _device_of(block)):
         output = output_of(block, values, inputs).float()
-        wrong += float((output - target.float()).square().sum(dtype=torch.float64))
-        norm += float(target.float().square().sum(dtype=torch.float64))
+        wrong += sum_of_squares(output - target.float())
+        norm += sum_of_squares(target)
     return wrong / norm if norm else float("nan")
 
 

@@ -13,6 +13,7 @@ import torch
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.healing.block import Values, error_of, is_of, output_of, own_values
 from moesurgeon.healing.data import BlockData
+from moesurgeon.healing.exact import sum_of_squares
 from moesurgeon.healing.pace import Pace
 from moesurgeon.progress import Advance
 
@@ -89,5 +90,4 @@ def _rounded(masters: Values, frozen: Values) -> dict[str, torch.Tensor]:
 
 
 def _mean_square(target: torch.Tensor) -> float:
-    total = sum(float(part.float().square().sum(dtype=torch.float64)) for part in target.split(8192))
-    return total / target.numel()
+    return sum(map(sum_of_squares, target.split(8192))) / target.numel()

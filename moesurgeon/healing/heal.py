@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
+from moesurgeon.engine.routing import routing_of
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import CheckpointError
 from moesurgeon.healing.block import error_of, own_values
 from moesurgeon.healing.data import BlockData, block_data
 from moesurgeon.healing.distil import distilled
+from moesurgeon.healing.dropped import became_of_dropped, move_watched
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.healing.ridge import refitted
 from moesurgeon.healing.room import Room
+from moesurgeon.healing.router import fitted_router
 from moesurgeon.progress import SILENT, Advance, Progress
 
 
@@ -34,7 +37,9 @@ def heal(
 ) -> list[dict[str, Any]]:
     """Take both streams of ``walk`` through all layers, healing ``student``'s blocks on the way.
 
-    Returns by layer the error on held-out tokens before and after each step, and whether the step was kept.
+    Returns by layer the error on held-out tokens before and after each step, and whether the step was kept; and of
+    each expert that the student's plan dropped what became of its tokens (``healing.dropped``), where the teacher's
+    experts have the numbers of the student's source.
 
     ``train`` and ``heldout`` are numbers of batches of the walk, which must not share text. What is better on
     held-out tokens goes into ``student.overlay.tensors``, rounded as it is stored; the rest stays as it was.
@@ -47,8 +52,9 @@ def heal(
     total = len(layers) * (pace.steps if method == "distill" else 1)
     with progress.task("healing", total, "steps") as advance, closing(walk.layers()) as walking:
         for layer in walking:
-            for number in (*train, *heldout):
+            for number in train:
                 layer.move(teacher, number)
+            given = move_watched(layer, teacher, heldout)
             if layer.number in layers and method != "none":
                 sets = (
                     block_data(layer, student, teacher, train, room, "train"),
@@ -57,6 +63,7 @@ def heal(
                 values, report = _healed(
                     student, layer.number, sets, method=method, pace=pace, room=room, advance=advance
                 )
+                report |= became_of_dropped(student, teacher, layer.number, values, sets[1], given)
                 del sets
                 reports.append(report)
                 for name, tensor in values.items():
@@ -65,6 +72,16 @@ def heal(
             for number in (*train, *heldout):
                 layer.move(student, number)
     return reports
+
+
+def steps_of(method: Method, pace: Pace) -> tuple[str, ...]:
+    """Return what is done to a layer, in this order.
+
+    >>> steps_of("ridge", Pace(router=True)), steps_of("distill", Pace())
+    (('ridge', 'router'), ('ridge', 'distill'))
+    """
+    first = "ridge" if method == "distill" else method
+    return (first, *(["router"] if pace.router else []), *(["distill"] if method == "distill" else []))
 
 
 def refuse_quantised(student: Stream) -> None:
@@ -95,11 +112,14 @@ def _healed(
     error = error_of(block, own, heldout)
     report: dict[str, Any] = {"layer": layer, "tokens": len(train), "error": error, "steps": []}
     values: dict[str, torch.Tensor] = {}
-    for step in ("ridge", "distill") if method == "distill" else (method,):
+    for step in steps_of(method, pace):
         if step == "distill":
             candidate, _ = distilled(block, values, train, heldout, pace, advance)
+        elif step == "router":
+            routing = routing_of(student.anatomy)
+            candidate = values | fitted_router(block, values, train, heldout, routing, seed=pace.seed)
         else:
-            candidate = refitted(block, train, heldout, method=step, room=room)
+            candidate = refitted(block, train, heldout, method=step, rank=pace.rank, room=room)
         candidate = {name: student.as_stored(f"{block.name}.{name}", tensor) for name, tensor in candidate.items()}
         found = error_of(block, {**own, **candidate}, heldout)
         kept = found < error

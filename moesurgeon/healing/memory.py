@@ -12,7 +12,8 @@ from moesurgeon.engine.streams import Stream
 from moesurgeon.healing import bound
 from moesurgeon.healing.block import is_of
 from moesurgeon.healing.pace import Method, Pace
-from moesurgeon.healing.ridge import CHUNK
+from moesurgeon.healing.ridge import ROW_BYTES, chunk_tokens
+from moesurgeon.healing.router import fit_bytes
 from moesurgeon.healing.trials import CACHE, activation_bytes, normal_bytes
 from moesurgeon.profiling.all_experts import LIKELIEST
 
@@ -31,24 +32,30 @@ class HealingBytes:
 def healing_bytes(student: Stream, method: Method, pace: Pace, batches: Sequence[Batch]) -> HealingBytes:
     """Return what healing ``student`` on ``batches`` takes.
 
-    Its own copy of a layer that the plan changes, and of what is healed the candidate and its rounding. Ridge: five
-    matrices of an expert's (or the shared experts') width, squared, in float64, and the activations of a chunk.
-    Distillation: masters, gradients (as they are, and split by expert) and both of Adam's moments in float32, and the
-    best state so far. Of the data x, z, what is missing in float32, and the routing of each token.
+    Its own copy of a layer that the plan changes, and of what is healed the candidate and its rounding. Ridge: the
+    normal equations of the expert (or the shared experts) that needs most, see :func:`refit_bytes`. Distillation:
+    masters, gradients (as they are, and split by expert) and both of Adam's moments in float32, and the best state so
+    far. Of the data x, z, what is missing in float32, and the routing of each token.
     """
     size = student.source.placement.dtype.itemsize
     work, healed = 0, 0
     for block in student.blocks.values():
         counts = _counts(student, block, pace)
         downs = sum(count for name, count in counts.items() if "down" in name)
-        wide = max(_width(student, block, name) for name in counts if "down" in name)
+        widths = [_width(student, block, name) for name in counts if "down" in name]
         copy = sum(counts.values()) * size
-        need = 2 * downs * size + 5 * wide**2 * _DOUBLE + CHUNK * (3 * wide + 3 * student.anatomy.hidden) * _DOUBLE
+        refit = max(refit_bytes(student.anatomy.hidden, wide, pace.rank, method) for wide in widths)
+        need = 2 * downs * size + refit
+        if pace.router:
+            need = max(need, 2 * downs * size + fit_bytes(student.anatomy.experts, student.anatomy.hidden))
         if method == "distill":
             trained = sum(counts.values())
             need = max(need, trained * (5 * _FLOAT + 3 * size) + _activations(student, pace))
         work = max(work, copy + need)
-        healed += (sum(counts.values()) if method == "distill" else downs) * size
+        changed = sum(counts.values()) if method == "distill" else downs
+        if pace.router and method != "distill":
+            changed += student.anatomy.experts * student.anatomy.hidden
+        healed += changed * size
     tokens = sum(batch.text_tokens for batch in batches)
     row = student.anatomy.hidden * (2 * size + _FLOAT) + student.anatomy.top_k * (8 + _FLOAT)
     return HealingBytes(work, tokens * row + healed) if method != "none" else HealingBytes(0, 0)
@@ -75,6 +82,36 @@ def trial_bytes(stream: Stream, tokens: int) -> int:
         need += normal_bytes(1, wide) + 4 * tokens * wide * _FLOAT  # of the shared, and of the one at work
         work = max(work, need + (sum(counts.values()) * size if stream.overlay.plan else 0))
     return sample + inner + work
+
+
+def refit_bytes(high: int, wide: int, rank: int | None, method: Method = "ridge") -> int:
+    """Return what a refit of a map [H, F] takes (``high``, ``wide``): the largest of its phases.
+
+    A chunk of tokens with its activations; with it the Gram matrices of both texts, with a rank rather the random
+    matrix, the span so far, and its QR decomposition; in a solution two matrices more of that size, and seven of the
+    size of the change (moments, solutions, products); at the end the change itself.
+    """
+    tokens = chunk_tokens(high, wide)
+    chunk = tokens * (wide + high) * ROW_BYTES // _DOUBLE
+    if method == "scale":
+        return (chunk + 3 * high * wide) * _DOUBLE
+    size = wide if rank is None else min(rank, wide)
+    span = wide * size if size < wide else 0
+    phases = (
+        chunk + 5 * span + (tokens * size if span else 0),
+        chunk + span + 2 * (size**2 + high * size) + (tokens * size if span else 0),
+        span + 4 * size**2 + 7 * high * size,
+        chunk + span + 2 * high * wide,
+    )
+    return max(phases) * _DOUBLE
+
+
+def widest(student: Stream) -> int:
+    """Return the largest width of what ``student``'s down projections are fed."""
+    blocks = student.blocks.values()
+    return max(
+        _width(student, block, name) for block in blocks for name in _counts(student, block, Pace()) if "down" in name
+    )
 
 
 def _counts(student: Stream, block: MoeBlock, pace: Pace) -> dict[str, int]:

@@ -13,9 +13,11 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """Length and pace of the training of each layer.
+    """Length and pace of the training of each layer, and what it may change.
 
-    ``patience``: judgements without a better state after which it ends. ``router``: train it along.
+    ``patience``: judgements without a better state after which it ends. ``router``: let the routers change as well:
+    fit after the refit, and trained along in the distillation. ``rank``: refit in the span of so many leading
+    directions of each expert's activations (None: in all), for experts whose normal equations are too large.
     """
 
     steps: Annotated[int, Ge(1)] = 600
@@ -24,4 +26,5 @@ class Pace:
     judge_every: Annotated[int, Ge(1)] = 50
     patience: Annotated[int, Ge(1)] = 4
     router: bool = False
+    rank: Annotated[int, Ge(1)] | None = None
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0

@@ -5,9 +5,9 @@ block is short of there, the ridge solution is
 
     dW = R (w h)^T ((w h)(w h)^T + lambda mean(diag) I)^-1,
 
-sums over tokens, in float64. Experts of a token add up, so that R is updated after every one, and the sweep is
-repeated (Gauss-Seidel). lambda is chosen by the error on held-out tokens, "leave it as it is" among the choices;
-that error is a function of the same sums over the held-out tokens.
+sums over tokens, in float64 (``healing.normal``). Experts of a token add up, so that R is updated after every
+one, and the sweep is repeated (Gauss-Seidel). lambda is chosen by the error on held-out tokens, "leave it as it is"
+among the choices; that error is a function of the same sums over the held-out tokens.
 
 Legend: N tokens, E experts, K experts per token, H hidden, F expert width.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,17 @@ import torch.nn.functional as F
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.healing.block import experts_name, missing_of, own_values, shared_experts
 from moesurgeon.healing.data import BlockData
+from moesurgeon.healing.exact import exact_device, factor
+from moesurgeon.healing.normal import Chunks, leading_directions, ridge_solutions, sums_of
 from moesurgeon.healing.room import Room
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0)
 SWEEPS = 2
 CHUNK = 4096
-"""Tokens whose activations are held at once in float64."""
+"""Tokens whose activations are held at once in float64, if they do not take more than ``CHUNK_BYTES``."""
+CHUNK_BYTES = 256 << 20
+ROW_BYTES = 28
+"""For each of the H + F values of a token: gate, up and their product, and the chunk before it in float64."""
 
 Activations = Callable[[BlockData, torch.Tensor], torch.Tensor]
 """Of these rows of the data what the map is fed [n, F]."""
@@ -44,19 +50,6 @@ class _Part:
     activations: Activations
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Over the tokens of a part: h h^T [F, F], R h^T [H, F] and |R|^2."""
-
-    gram: torch.Tensor
-    moment: torch.Tensor
-    square: torch.Tensor
-
-    def error(self, change: torch.Tensor) -> torch.Tensor:
-        """Return what is left of |R|^2 if the weight changes by ``change`` [H, F]."""
-        return self.square - 2 * (change * self.moment).sum() + ((change @ self.gram) * change).sum()
-
-
 @torch.no_grad()
 def refitted(
     block: MoeBlock,
@@ -65,12 +58,14 @@ def refitted(
     *,
     method: str = "ridge",
     sweeps: int = SWEEPS,
+    rank: int | None = None,
     room: Room | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return new values of the block's down projections, by their names in it, that leave less of the error.
 
-    ``method``: "ridge", or "scale" for its one-parameter case a = <y_e, R + y_e> / <y_e, y_e>. A part that nothing
-    improves on held-out tokens keeps its values.
+    ``method``: "ridge", or "scale" for its one-parameter case a = <y_e, R + y_e> / <y_e, y_e>. ``rank``: change
+    the maps in the span of so many leading directions of their activations only (``healing.normal``). A part that
+    nothing improves on held-out tokens keeps its values.
     """
     room = room or Room()
     down: torch.Tensor = block.experts.down_proj.detach().clone()  # type: ignore[operator]
@@ -88,62 +83,76 @@ def refitted(
     for _sweep in range(sweeps if method == "ridge" else 1):
         for part in parts:
             if all(map(len, part.rows)):
-                _improve(part, sets, missing, _by_ridge if method == "ridge" else _by_scale)
+                _improve(part, sets, missing, method=method, rank=rank)
     return result
 
 
 def _improve(
-    part: _Part,
-    sets: tuple[BlockData, BlockData],
-    missing: list[torch.Tensor],
-    propose: Callable[[_Sums, torch.Tensor], Iterator[torch.Tensor]],
+    part: _Part, sets: tuple[BlockData, BlockData], missing: list[torch.Tensor], *, method: str, rank: int | None
 ) -> None:
     """Give the part the change that leaves least on held-out tokens, if any does, and update what is missing."""
-    train, heldout = (_sums(part, *each) for each in zip(sets, part.rows, missing, strict=True))
-    best, change = heldout.square, None
-    for candidate in propose(train, part.weight):
-        error = heldout.error(candidate)
-        if error < best:
-            best, change = error, candidate
+    train, heldout = (partial(_chunks, part, *each) for each in zip(sets, part.rows, missing, strict=True))
+    change = _scaled(part, train, heldout) if method == "scale" else _ridged(part, train, heldout, rank)
     if change is None:
         return
-    before = part.weight.double()
-    part.weight.copy_((before + change).to(part.weight.dtype))
-    change = part.weight.double() - before  # as rounded
+    for weight, more in zip(part.weight.split(512), change.split(512), strict=True):
+        before = weight.to(more)
+        weight.copy_(before + more)
+        more.copy_(weight.to(more) - before)  # as rounded
     for data, rows, each in zip(sets, part.rows, missing, strict=True):
-        for some in rows.split(CHUNK):
-            brought = part.activations(data, some).double() @ change.T
-            each.index_add_(0, some.to(each.device), brought.to(each), alpha=-1.0)
+        for some in rows.split(chunk_tokens(*part.weight.shape)):
+            fed = factor(part.activations(data, some))
+            each.index_add_(0, some.to(each.device), (fed @ change.T.to(fed)).to(each), alpha=-1.0)
 
 
-def _sums(part: _Part, data: BlockData, rows: torch.Tensor, missing: torch.Tensor) -> _Sums:
-    high, wide = part.weight.shape
-    sums = _Sums(*(part.weight.new_zeros(shape, dtype=torch.float64) for shape in ((wide, wide), (high, wide), ())))
-    for some in rows.split(CHUNK):
-        hidden = part.activations(data, some).double()
-        short = missing[some.to(missing.device)].to(hidden)
-        sums.gram.addmm_(hidden.T, hidden)
-        sums.moment.addmm_(short.T, hidden)
-        sums.square.add_(short.square().sum())
-    return sums
+def chunk_tokens(high: int, wide: int) -> int:
+    """Return how many tokens a map [H, F] is fed at once (``high``, ``wide``).
+
+    >>> chunk_tokens(2048, 1408), chunk_tokens(4096, 14336)
+    (2774, 520)
+    """
+    return max(64, min(CHUNK, CHUNK_BYTES // (ROW_BYTES * (high + wide))))
 
 
-def _by_ridge(sums: _Sums, _weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    strength = sums.gram.diagonal().mean()
-    for factor in LAMBDAS if strength > 0 else ():
-        regular = sums.gram.clone()
-        regular.diagonal().add_(factor * strength)
-        root, failed = torch.linalg.cholesky_ex(regular)
-        if not failed:
-            yield torch.cholesky_solve(sums.moment.T, root).T
+def _chunks(
+    part: _Part, data: BlockData, rows: torch.Tensor, missing: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield what the part is fed [n, F] and what is missing [n, H], a chunk of its tokens at a time."""
+    for some in rows.split(chunk_tokens(*part.weight.shape)):
+        yield part.activations(data, some), missing[some.to(missing.device)].to(part.weight.device)
 
 
-def _by_scale(sums: _Sums, weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """a - 1: least squares of R on the part's own output."""
-    wide = weight.double()
-    norm = ((wide @ sums.gram) * wide).sum()
-    if norm > 0:
-        yield (wide * sums.moment).sum() / norm * wide
+def _ridged(part: _Part, train: Chunks, heldout: Chunks, rank: int | None) -> torch.Tensor | None:
+    """Return the change [H, F] by the best lambda, None where all are worse than none."""
+    low = rank is not None and rank < part.weight.shape[1]
+    basis = leading_directions(train, part.weight, rank) if low and rank is not None else None
+    learnt, judge = sums_of(train, part.weight, basis), sums_of(heldout, part.weight, basis)
+    best, change = judge.square, None
+    for candidate in ridge_solutions(learnt, LAMBDAS):
+        error = judge.error(candidate)
+        if error < best:
+            best, change = error, candidate
+    return change if change is None or basis is None else change @ basis.T
+
+
+def _scaled(part: _Part, train: Chunks, heldout: Chunks) -> torch.Tensor | None:
+    """Return (a - 1) W, a - 1 being least squares of R on the part's own output; None where that is worse."""
+    weight = part.weight.to(exact_device(part.weight.device), torch.float64)
+    (norm, along), (other_norm, other_along) = (_along(part.weight, each) for each in (train, heldout))
+    if norm <= 0:
+        return None
+    more = along / norm
+    return more * weight if more * more * other_norm < 2 * more * other_along else None
+
+
+def _along(weight: torch.Tensor, chunks: Chunks) -> tuple[float, float]:
+    """Return <y, y> and <y, R> of the part's output y."""
+    norm = along = 0.0
+    for fed, missing in chunks():
+        output = factor(fed) @ factor(weight).T
+        norm += float(output.square().sum())
+        along += float((output * factor(missing)).sum())
+    return norm, along
 
 
 def _of_expert(block: MoeBlock, weight: torch.Tensor, expert: int, sets: tuple[BlockData, BlockData]) -> _Part:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import UsageError
 from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, Measurement, measure
 from moesurgeon.healing.heal import heal, refuse_quantised
-from moesurgeon.healing.memory import healing_bytes, trial_bytes
-from moesurgeon.healing.pace import METHODS
+from moesurgeon.healing.memory import healing_bytes, trial_bytes, widest
+from moesurgeon.healing.pace import METHODS, Method, Pace
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.healing.room import Room
 from moesurgeon.pipeline.healed_choice import HELDOUT_TOKENS, TOKENS, Fixed, LayerChoice, Starts, choose_healed
@@ -257,19 +258,39 @@ def _share_out(
 
     ``trials``: bytes that choosing takes, before healing takes its own.
     """
-    takes = healing_bytes(student, spec.method, spec.pace, batches)
-    work = max(takes.work, trials)
     walking = batches if len(sources) == 2 else [*batches, *batches]
+
+    def fits(method: Method, pace: Pace) -> bool:
+        takes = healing_bytes(student, method, pace, batches)
+        return share_out(running.max_memory, sources, walking, work=max(takes.work, trials), held=takes.held)
+
     try:
-        return share_out(running.max_memory, sources, walking, work=work, held=takes.held)
+        return fits(spec.method, spec.pace)
     except UsageError as error:
-        if spec.method != "distill" or trials >= takes.work:
+        if spec.method not in ("ridge", "distill"):
             raise
-        less = healing_bytes(student, "ridge", spec.pace, batches).work
-        raise UsageError(
-            f"{error}; distilling a layer takes {takes.work:,} bytes with its gradients and optimiser state, "
-            f"--heal-method ridge takes {less:,}"
-        ) from error
+        said = [str(error)]
+        takes, less = (healing_bytes(student, each, spec.pace, batches).work for each in (spec.method, "ridge"))
+        if spec.method == "distill":
+            said.append(f"distilling a layer takes {takes:,} bytes with its gradients and optimiser state")
+            said.append(f"--heal-method ridge takes {less:,}")
+        rank = _rank_that_fits(student, partial(fits, "ridge"), spec.pace)
+        if rank is not None:
+            least = healing_bytes(student, "ridge", replace(spec.pace, rank=rank), batches).work
+            method = "" if spec.method == "ridge" else "--heal-method ridge "
+            said.append(f"{method}--heal-rank {rank} takes {least:,} rather than {less:,} and fits")
+        raise UsageError("; ".join(said)) from error
+
+
+def _rank_that_fits(student: Stream, fits: Callable[[Pace], bool], pace: Pace) -> int | None:
+    """Return the largest power of two as rank with which a refit fits; None where all of it does, or nothing does."""
+    widths = [1 << power for power in range(23, 3, -1)]
+    ranks: list[int | None] = [None, *(rank for rank in widths if rank < widest(student))]
+    for rank in ranks:
+        with suppress(UsageError):
+            fits(replace(pace, rank=rank))
+            return rank
+    return None
 
 
 def _losses(measured: Measurement) -> dict[str, float]:

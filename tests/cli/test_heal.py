@@ -85,6 +85,25 @@ def test_retop(out: Path) -> None:
     assert "replace" in shown
 
 
+def test_routers_and_ranks_on_request(out: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text('{"0": [0,1,2,3,4,5,6], "1": [0,1,2,3,4,5,6], "2": [0,1,2,3,4,5,6], "3": [0,1,2,3,4,5,6]}')
+    heal = ("--heal", "builtin:json", "--heal-method", "ridge", "--heal-router", "--heal-rank", "16", *LITTLE)
+    shown = succeeded("prune", MIXTRAL, out, "--keep-experts", kept, *heal).out
+    assert re.search(r"layer 1: error .* \(ridge 0\.\d{4}.*, router 0\.\d{4}", shown)
+    line = (
+        r"    expert 7: [\d,]+ held-out tokens, error \d\.\d{4} -> \d\.\d{4}, now with \d \(\d+%\)(, \d \(\d+%\)){,3}"
+    )
+    assert len([each for each in shown.splitlines() if re.fullmatch(line, each)]) >= 1, shown
+    report = succeeded("prune", MIXTRAL, out, "--overwrite", "--json", "--keep-experts", kept, *heal).json
+    for layer in report["healing"]:
+        assert [step["step"] for step in layer["steps"]] == ["ridge", "router"]
+        (gone,) = layer["dropped"]
+        assert gone["expert"] == 7 and all(each["expert"] < 7 for each in gone["now"])
+    (record,) = (step for step in report["plan"]["operations"] if step["operation"] == "heal")
+    assert record["pace"]["rank"] == 16 and record["pace"]["router"] is True
+
+
 def test_none_and_nothing_to_heal(out: Path) -> None:
     shown = succeeded("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--heal-method", "none", *LITTLE).out
     assert "bare" in shown and "replace" not in shown and "left out" not in shown and "of the gap" not in shown
@@ -111,6 +130,7 @@ def test_a_teacher_can_be_named(out: Path, top1: dict[str, Path], tmp_path: Path
         (("--calibrate", "builtin:json", "--heal-method", "magic"), 2, "magic"),
         (("--calibrate", "builtin:json", "--heal-tokens", "7"), 2, "--heal-tokens"),
         (("--calibrate", "builtin:json", "--heal-steps", "0"), 2, "--heal-steps"),
+        (("--calibrate", "builtin:json", "--heal-rank", "0"), 2, "--heal-rank"),
         (("--calibrate", "builtin:json", "--heal-teacher", "nowhere"), 3, "nowhere"),
         (("--calibrate", "builtin:json", "--dtype", "int8"), 2, "int8"),
         (("--calibrate", "builtin:json", "--max-memory", "1MB"), 2, "--heal-method ridge takes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,65 @@ def test_a_tensor_takes_less_than_2_kb(tmp_path: Path) -> None:
     taken, report = _peak(source, tmp_path / "out", "--keep-experts", kept)
     assert report["experts_after"] == 192
     assert taken <= 32 * MIB + 2000 * tensors, f"{(taken - 32 * MIB) / tensors:.0f} bytes per tensor"
+
+
+REFIT = """
+import sys
+import torch
+from moesurgeon.engine.model import MoeBlock
+from moesurgeon.healing.data import BlockData
+from moesurgeon.healing.memory import refit_bytes
+from moesurgeon.healing.ridge import refitted
+
+method, rank = sys.argv[1], int(sys.argv[2]) or None
+high, wide, tokens = 96, 1280, 4096
+
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.randn(2, 2 * wide, high) / high**0.5)
+        self.down_proj = torch.nn.Parameter(torch.randn(2, high, wide) / wide**0.5)
+        self.act_fn = torch.nn.functional.silu
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+    def forward(self, inputs):
+        flat = inputs.flatten(0, 1)
+        return self.experts(flat, torch.zeros(len(flat), 1, dtype=torch.long), torch.ones(len(flat), 1))
+
+torch.manual_seed(0)
+module = Block().requires_grad_(False)
+block = MoeBlock(0, "block", module, module, module.experts, None, "")
+def data():
+    x = torch.randn(tokens, high)
+    first = torch.zeros(tokens, 1, dtype=torch.long)
+    return BlockData(x, torch.randn(tokens, high), first, torch.ones(tokens, 1))
+def status(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+sets = data(), data()
+small = [BlockData(*(each[:4] for each in vars(one).values())) for one in sets]
+refitted(block, *small, method=method, rank=1 if rank else None, sweeps=0)
+torch.linalg.cholesky(torch.eye(8, dtype=torch.float64))  # libraries are loaded by now
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+refitted(block, *sets, method=method, rank=rank, sweeps=1)
+downs = 2 * module.experts.down_proj.numel() * 4
+missing = 2 * tokens * high * 4
+print(status("VmHWM") - before - downs - missing, refit_bytes(high, wide, rank, method))
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize(("method", "rank"), [("ridge", 0), ("ridge", 64), ("scale", 0)])
+def test_a_refit_takes_what_the_account_says(method: str, rank: int) -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("writes /proc/self/clear_refs")
+    command = [sys.executable, "-c", REFIT, method, str(rank)]
+    # What is freed is given back, as it is of the sizes that matter; by itself glibc keeps pieces below 32 MiB.
+    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    process = subprocess.run(command, capture_output=True, text=True, check=True, env=settings)
+    taken, said = map(int, process.stdout.split())
+    assert said / 2 <= taken <= said + 8 * MIB, f"{taken / MIB:.0f} MiB, {said / MIB:.0f} by the account"

@@ -183,6 +183,37 @@ def test_a_layer_that_cannot_be_distilled_says_what_can_be_done(tiny_mixtral: Su
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["ridge", "distill"])
+def test_a_refit_that_is_too_large_names_a_rank_that_fits(
+    method: Any, tiny_mixtral: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "moesurgeon.healing.memory.refit_bytes",
+        lambda _high, wide, rank, _method: 1000 if rank is not None and rank <= 40 else 10**11 + wide,
+    )
+    spec, running = replace(DISTILL, method=method), _limit(2_000_000_000)
+    says = r"; (--heal-method ridge )?--heal-rank 32 takes [\d,]+ rather than 100,[\d,]+ and fits$"
+    with pytest.raises(UsageError, match=says) as error:
+        _retop(tiny_mixtral, tmp_path / "out", spec, running)
+    assert ("--heal-method ridge --heal-rank" in str(error.value)) == (method == "distill")
+    fits = replace(spec, method="ridge", pace=replace(spec.pace, rank=32))
+    assert _retop(tiny_mixtral, tmp_path / "out", fits, running)["healed"]["kept"]
+    with pytest.raises(UsageError) as error:
+        _retop(tiny_mixtral, tmp_path / "other", spec, _limit(0))
+    assert "rank" not in str(error.value)  # none fits
+
+
+def test_a_rank_heals_and_is_recorded(tiny_mixtral: Subject, tmp_path: Path) -> None:
+    losses = {}
+    for rank in (8, 64, None):
+        report = _retop(tiny_mixtral, tmp_path / f"{rank}", replace(RIDGE, pace=Pace(rank=rank)))
+        losses[rank] = report["healed"]["heldout"]
+        operation = verify(str(tmp_path / f"{rank}"))["history"][0][1]
+        assert operation["operation"] == "heal"
+    assert losses[None]["healed"] < losses[8]["healed"] < losses[8]["bare"]
+    assert losses[64]["healed"] < losses[8]["healed"]
+
+
 def test_a_full_disk_is_said(tiny_mixtral: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "share_out", lambda *_given, **_more: False)
 
@@ -212,15 +243,16 @@ def test_what_healing_takes_is_known_before(tiny: Subject, monkeypatch: pytest.M
     from tests.engine.small import source_of
     from tests.laws.walks import text
 
-    monkeypatch.setattr("moesurgeon.healing.memory.CHUNK", 1)  # of these sizes the activations would be most
+    # Of these sizes the activations would be most.
+    monkeypatch.setattr("moesurgeon.healing.memory.chunk_tokens", lambda *_given: 1)
     student = Stream(source_of(tiny), Overlay(plan=plan_retop(tiny.anatomy, RetopSpec(top_k=1))))
     batches, pace = [text(64, 32)], Pace(tokens_per_step=8)
     layer = sum(tensor.numel() for name, tensor in student.blocks[1].module.named_parameters() if "proj" in name)
     none, scale, ridge, distill = (
         healing_bytes(student, method, pace, batches) for method in ("none", "scale", "ridge", "distill")
     )
-    assert (none.work, none.held) == (0, 0) and scale == ridge
-    assert ridge.work < distill.work
+    assert (none.work, none.held) == (0, 0) and scale.held == ridge.held
+    assert scale.work < ridge.work < distill.work
     assert 36 * layer <= distill.work <= 38 * layer + 200_000
     row = tiny.anatomy.hidden * 12 + 12
     assert distill.held == 96 * row + len(tiny.anatomy.moe_layers) * layer * 4
