@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moesurgeon.cli.output import Report
+from moesurgeon.errors import UsageError
 
 if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
     from moesurgeon.healing.pace import Method
@@ -12,16 +13,25 @@ if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
 
 
 def heal_spec(
-    traces: list[str], method: Method, *, tokens: int, steps: int, router: bool, teacher: str | None
+    traces: list[str],
+    method: Method,
+    *,
+    tokens: int,
+    steps: int,
+    router: bool,
+    teacher: str | None,
+    merge: bool = False,
 ) -> HealSpec | None:
     """Return what heals, or None where no text was named."""
     from moesurgeon.healing.pace import Pace
     from moesurgeon.pipeline.options import HealSpec
 
     if not traces:
+        if merge:
+            raise UsageError("experts are merged by what they do on text: give --merge with --heal TRACES")
         return None
     pace = Pace(steps=steps, router=router)
-    return HealSpec(traces=tuple(traces), method=method, teacher=teacher, max_tokens=tokens, pace=pace)
+    return HealSpec(traces=tuple(traces), method=method, teacher=teacher, max_tokens=tokens, merge=merge, pace=pace)
 
 
 def show_healing(report: Report) -> None:
@@ -31,7 +41,10 @@ def show_healing(report: Report) -> None:
         return
     if "planned" in healing:
         plan = healing["planned"]
-        print(f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens")
+        print(
+            f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens"
+            f"{', merging first' if plan['merge'] else ''}"
+        )
         return
     for layer in report["healing"]:
         steps = ", ".join(
@@ -39,7 +52,7 @@ def show_healing(report: Report) -> None:
         )
         print(f"  layer {layer['layer']}: error {layer['error']:.4f} -> {layer['healed_error']:.4f} ({steps})")
     loss, closed = healing["heldout"], healing["gap_closed"]
-    after = "" if healing["method"] == "none" else f", {loss['healed']:.4f} healed"
+    after = "" if healing["method"] == "none" and not healing["merge"] else f", {loss['healed']:.4f} healed"
     share = f" ({closed:.0%} of the gap closed)" if after and closed is not None else ""
     print(f"  held-out loss {loss['teacher']:.4f} before the cut, {loss['bare']:.4f} bare{after}{share}")
     if after and not healing["kept"]:

@@ -87,6 +87,13 @@ HealMethod = Annotated[
 HealTokens = Annotated[int, typer.Option(min=8, help="Tokens to heal on, for all traces together.")]
 HealSteps = Annotated[int, typer.Option(min=1, help="Optimiser steps for each layer at most (distill).")]
 HealRouter = Annotated[bool, typer.Option("--heal-router", help="Train the routers along (distill).")]
+Merge = Annotated[
+    bool,
+    typer.Option(
+        "--merge",
+        help="Fold each dropped expert into the survivor most like it, in the layers where that heals better (--heal).",
+    ),
+]
 HealTeacher = Annotated[
     str | None,
     typer.Option(metavar="CKPT", help="The checkpoint that healing comes back to. Default: the one that is cut."),

@@ -52,6 +52,7 @@ def command(
     heal_steps: options.HealSteps = 600,
     heal_router: options.HealRouter = False,
     heal_teacher: options.HealTeacher = None,
+    merge: options.Merge = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_memory: options.MaxMemory = None,
@@ -79,7 +80,13 @@ def command(
             criterion=criterion,
             seed=seed,
             heal=heal_spec(
-                heal, heal_method, tokens=heal_tokens, steps=heal_steps, router=heal_router, teacher=heal_teacher
+                heal,
+                heal_method,
+                tokens=heal_tokens,
+                steps=heal_steps,
+                router=heal_router,
+                teacher=heal_teacher,
+                merge=merge,
             ),
         )
         writing = Writing(

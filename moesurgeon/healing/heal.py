@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import CheckpointError
-from moesurgeon.healing.block import error_of, own_values
+from moesurgeon.healing.block import Values, error_of, own_values
 from moesurgeon.healing.data import BlockData, block_data
 from moesurgeon.healing.distil import distilled
+from moesurgeon.healing.merge import Merged, Merger, put
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.healing.ridge import refitted
 from moesurgeon.healing.room import Room
@@ -29,6 +31,7 @@ def heal(
     *,
     method: Method,
     pace: Pace,
+    merge: bool = False,
     room: Room | None = None,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
@@ -38,26 +41,29 @@ def heal(
 
     ``train`` and ``heldout`` are numbers of batches of the walk, which must not share text. What is better on
     held-out tokens goes into ``student.overlay.tensors``, rounded as it is stored; the rest stays as it was.
+    ``merge``: try also to begin with survivors into which the dropped experts are folded (``healing.merge``).
     ``room``: where a layer's data and the healed tensors are held (None: in memory).
     """
     refuse_quantised(student)
     reports: list[dict[str, Any]] = []
     room = room or Room()
+    merger = Merger(student) if merge else None
     layers = student.anatomy.moe_layers
     total = len(layers) * (pace.steps if method == "distill" else 1)
     with progress.task("healing", total, "steps") as advance, closing(walk.layers()) as walking:
         for layer in walking:
             for number in (*train, *heldout):
                 layer.move(teacher, number)
-            if layer.number in layers and method != "none":
+            if layer.number in layers and (method != "none" or merger):
                 sets = (
                     block_data(layer, student, teacher, train, room, "train"),
                     block_data(layer, student, teacher, heldout, room, "heldout"),
                 )
+                folded = merger.merged(layer, sets[0]) if merger else None
                 values, report = _healed(
-                    student, layer.number, sets, method=method, pace=pace, room=room, advance=advance
+                    student, layer.number, sets, folded, method=method, pace=pace, room=room, advance=advance
                 )
-                del sets
+                del sets, folded
                 reports.append(report)
                 for name, tensor in values.items():
                     student.overlay.tensors[name] = room.kept(tensor)
@@ -83,6 +89,7 @@ def _healed(
     student: Stream,
     layer: int,
     sets: tuple[BlockData, BlockData],
+    folded: Merged | None,
     *,
     method: Method,
     pace: Pace,
@@ -94,19 +101,51 @@ def _healed(
     own = own_values(block)
     error = error_of(block, own, heldout)
     report: dict[str, Any] = {"layer": layer, "tokens": len(train), "error": error, "steps": []}
-    values: dict[str, torch.Tensor] = {}
-    for step in ("ridge", "distill") if method == "distill" else (method,):
-        if step == "distill":
-            candidate, _ = distilled(block, values, train, heldout, pace, advance)
-        else:
-            candidate = refitted(block, train, heldout, method=step, room=room)
-        candidate = {name: student.as_stored(f"{block.name}.{name}", tensor) for name, tensor in candidate.items()}
+    refit = "ridge" if method == "distill" else method
+    values, error, report["steps"] = _refitted(student, block, {}, error, sets, refit, room)
+    if folded is not None:
+        start = _as_stored(student, block, folded.values)
+        begun = error_of(block, {**own, **start}, heldout)
+        with put(student, block, start):
+            other, left, steps = _refitted(student, block, start, begun, sets, refit, room)
+        kept = left < error
+        merging = {"step": "merge", "error": begun, "healed_error": left, "kept": kept}
+        merging["into"] = {str(dropped): survivor for dropped, survivor in folded.into.items()}
+        if kept:
+            values, error, report["steps"] = other, left, steps
+        report["steps"].insert(0, merging)
+    if method == "distill":
+        candidate, _ = distilled(block, values, train, heldout, pace, advance)
+        candidate = _as_stored(student, block, candidate)
         found = error_of(block, {**own, **candidate}, heldout)
         kept = found < error
-        report["steps"].append({"step": step, "error": found, "kept": kept})
+        report["steps"].append({"step": "distill", "error": found, "kept": kept})
         if kept:
             values, error = candidate, found
     report["healed_error"] = error
     if method != "distill":
         advance(1)
     return {f"{block.name}.{name}": tensor for name, tensor in values.items()}, report
+
+
+def _refitted(
+    student: Stream,
+    block: MoeBlock,
+    start: dict[str, torch.Tensor],
+    error: float,
+    sets: tuple[BlockData, BlockData],
+    method: Method,
+    room: Room,
+) -> tuple[dict[str, torch.Tensor], float, list[dict[str, Any]]]:
+    """Return ``start``, which ``block`` computes with, refitted if that lowers its ``error``; the error; the step."""
+    if method == "none":
+        return start, error, []
+    candidate = _as_stored(student, block, refitted(block, *sets, method=method, room=room))
+    found = error_of(block, {**own_values(block), **candidate}, sets[1])
+    kept = found < error
+    step = {"step": method, "error": found, "kept": kept}
+    return ({**start, **candidate}, found, [step]) if kept else (start, error, [step])
+
+
+def _as_stored(student: Stream, block: MoeBlock, values: Values) -> dict[str, torch.Tensor]:
+    return {name: student.as_stored(f"{block.name}.{name}", tensor) for name, tensor in values.items()}

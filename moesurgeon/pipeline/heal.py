@@ -86,7 +86,7 @@ class Healer:
         spec, student = self.spec, self.student(plan)
         before = after = self.judged(student)
         layers: list[dict[str, Any]] = []
-        if spec.method != "none":
+        if spec.method != "none" or spec.merge:
             walk = Walk([self.teacher, student], [*self.learn, *self.held], self.folder)
             numbers = range(len(self.learn)), range(len(self.learn), len(walk.batches))
             room = Room(self.folder)
@@ -97,6 +97,7 @@ class Healer:
                 *numbers,
                 method=spec.method,
                 pace=spec.pace,
+                merge=spec.merge,
                 room=room,
                 progress=self._progress,
             )
@@ -106,6 +107,7 @@ class Healer:
         kept = healed["loss"] < bare["loss"]
         report = {
             "method": spec.method,
+            "merge": spec.merge,
             "teacher": self._teacher_name,
             "traces": dict(self.train.hashes),
             "heldout_traces": dict(self.judge.hashes),
@@ -119,6 +121,8 @@ class Healer:
         if not kept:
             return plan, report, before
         record = {key: report[key] for key in ("method", "teacher", "traces", "heldout_traces", "heldout")}
+        if spec.merge:
+            record["merge"] = True
         return plan_healed(student, {**record, "pace": asdict(spec.pace)}), report, after
 
 
@@ -141,7 +145,7 @@ def healer(
             for each in (subject, *([other] if other else []))
         ]
         student = Stream(sources[0], Overlay(plan=like))
-        if spec.method != "none":
+        if spec.method != "none" or spec.merge:
             refuse_quantised(student)
         batches = [batch for each in (train, judge) for batch in _batched(each, sources[0], subject, spec)]
         fits = _share_out(sources, student, spec, running, batches)
@@ -185,14 +189,14 @@ def _share_out(
     sources: Sequence[Source], student: Stream, spec: HealSpec, running: Running, batches: Sequence[Batch]
 ) -> bool:
     """Divide the memory as ``engine.budget`` does, both streams' states and all that healing takes included."""
-    takes = healing_bytes(student, spec.method, spec.pace, batches)
+    takes = healing_bytes(student, spec.method, spec.pace, batches, merge=spec.merge)
     walking = batches if len(sources) == 2 else [*batches, *batches]
     try:
         return share_out(running.max_memory, sources, walking, work=takes.work, held=takes.held)
     except UsageError as error:
         if spec.method != "distill":
             raise
-        less = healing_bytes(student, "ridge", spec.pace, batches).work
+        less = healing_bytes(student, "ridge", spec.pace, batches, merge=spec.merge).work
         raise UsageError(
             f"{error}; distilling a layer takes {takes.work:,} bytes with its gradients and optimiser state, "
             f"--heal-method ridge takes {less:,}"

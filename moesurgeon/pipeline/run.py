@@ -104,6 +104,8 @@ def _refuse_impossible(recipe: Recipe, output: RunOutput) -> None:
     for step in recipe.steps:
         if step.heal:
             check_heal(_healing(recipe, step.heal))
+            if step.retop and step.heal.merge:
+                raise UsageError("heal: {merge: true} is for prune: retop drops no experts that could be folded")
         if step.retop:
             anatomy = plan_retop(anatomy, step.retop.spec).result(anatomy)
         elif step.prune and step.prune.keep_experts is None:

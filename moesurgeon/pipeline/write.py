@@ -77,6 +77,8 @@ def finish_healed(
     from moesurgeon.pipeline.heal import check_heal, healed  # needs the running model, which nothing else here does
 
     check_heal(heal)
+    if heal.merge and plan.result(subject.anatomy).experts == subject.anatomy.experts:
+        raise UsageError("merging folds experts that are pruned into those that stay, and none is pruned: leave it out")
     if writing.layout is not None:  # what it refuses, before the work
         plan_layout(plan.result(subject.anatomy), writing.layout)
     if writing.dry_run:
