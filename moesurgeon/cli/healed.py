@@ -52,8 +52,18 @@ def show_healing(report: Report) -> None:
         )
         print(f"  layer {layer['layer']}: error {layer['error']:.4f} -> {layer['healed_error']:.4f} ({steps})")
     loss, closed = healing["heldout"], healing["gap_closed"]
-    after = "" if healing["method"] == "none" and not healing["merge"] else f", {loss['healed']:.4f} healed"
+    after = "" if healing["method"] == "none" and "merge" not in healing else f", {loss['healed']:.4f} healed"
     share = f" ({closed:.0%} of the gap closed)" if after and closed is not None else ""
     print(f"  held-out loss {loss['teacher']:.4f} before the cut, {loss['bare']:.4f} bare{after}{share}")
+    if "merge" in healing:
+        print(f"  {_merging(healing)}")
     if after and not healing["kept"]:
         print("  healing did not lower the held-out loss and was left out")
+
+
+def _merging(healing: Any) -> str:
+    loss = healing["heldout"]
+    if "merged" not in loss:
+        return "merging was not better in any layer and was left out"
+    verdict = "kept" if healing["merge"] else "left out"
+    return f"merging was {verdict}: {loss['merged']:.4f} with it, {loss['unmerged']:.4f} without"

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 EXACT = 4096
-"""Units that are assigned exactly: 3.7 s on a core at worst. It grows with the cube: 29 s for 8192, 2.6 min for 14336."""
+"""Units that are assigned exactly: 3.7 s on a core at worst. It grows with the cube: 29 s for 8192."""
 
 _TINY = 1e-30
 

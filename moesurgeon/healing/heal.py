@@ -102,14 +102,14 @@ def _healed(
     error = error_of(block, own, heldout)
     report: dict[str, Any] = {"layer": layer, "tokens": len(train), "error": error, "steps": []}
     refit = "ridge" if method == "distill" else method
-    values, error, report["steps"] = _refitted(student, block, {}, error, sets, refit, room)
+    values, error, report["steps"] = _refitted(student, block, {}, error, sets, method=refit, room=room)
     if folded is not None:
         start = _as_stored(student, block, folded.values)
         begun = error_of(block, {**own, **start}, heldout)
         with put(student, block, start):
-            other, left, steps = _refitted(student, block, start, begun, sets, refit, room)
+            other, left, steps = _refitted(student, block, start, begun, sets, method=refit, room=room)
         kept = left < error
-        merging = {"step": "merge", "error": begun, "healed_error": left, "kept": kept}
+        merging = {"step": "merge", "error": begun, "healed_error": left, "unmerged_error": error, "kept": kept}
         merging["into"] = {str(dropped): survivor for dropped, survivor in folded.into.items()}
         if kept:
             values, error, report["steps"] = other, left, steps
@@ -134,6 +134,7 @@ def _refitted(
     start: dict[str, torch.Tensor],
     error: float,
     sets: tuple[BlockData, BlockData],
+    *,
     method: Method,
     room: Room,
 ) -> tuple[dict[str, torch.Tensor], float, list[dict[str, Any]]]:

@@ -34,7 +34,8 @@ def healing_bytes(
     Its own copy of a layer that the plan changes, and of what is healed the candidate and its rounding. Ridge: five
     matrices of an expert's (or the shared experts') width, squared, in float64, and the activations of a chunk.
     Distillation: masters, gradients (as they are, and split by expert) and both of Adam's moments in float32, and the
-    best state so far. Merging: the merged experts and their rounding, and ``_aligning``. Of the data x, z, what is missing in float32, and the routing of each token.
+    best state so far. Merging: the merged experts and their rounding, the refit of those that are not merged, and
+    what ``_aligning`` takes. Of the data x, z, what is missing in float32, and the routing of each token.
     """
     size = student.source.placement.dtype.itemsize
     work, healed = 0, 0
@@ -48,9 +49,11 @@ def healing_bytes(
             trained = sum(counts.values())
             need = max(need, trained * (5 * _FLOAT + 3 * size) + _activations(student, pace))
         if merge:
-            need = max(need + sum(counts.values()) * size, 2 * sum(counts.values()) * size + _aligning(student))
+            folded = 2 * sum(counts.values()) * size
+            need = max(need + folded + downs * size, folded + _aligning(student))
         work = max(work, copy + need)
-        healed += (sum(counts.values()) if method == "distill" or merge else downs) * size
+        healed += (sum(counts.values()) if method == "distill" else downs) * size
+        healed += sum(counts.values()) * size if merge else 0  # healed with and without
     tokens = sum(batch.text_tokens for batch in batches)
     row = student.anatomy.hidden * (2 * size + _FLOAT) + student.anatomy.top_k * (8 + _FLOAT)
     return HealingBytes(work, tokens * row + healed) if method != "none" or merge else HealingBytes(0, 0)

@@ -87,43 +87,58 @@ class Healer:
         before = after = self.judged(student)
         layers: list[dict[str, Any]] = []
         if spec.method != "none" or spec.merge:
-            walk = Walk([self.teacher, student], [*self.learn, *self.held], self.folder)
-            numbers = range(len(self.learn)), range(len(self.learn), len(walk.batches))
-            room = Room(self.folder)
-            layers = heal(
-                walk,
-                student,
-                self.teacher,
-                *numbers,
-                method=spec.method,
-                pace=spec.pace,
-                merge=spec.merge,
-                room=room,
-                progress=self._progress,
-            )
-            del walk  # and its hidden states
-            after = self.judged(student)
-        bare, healed = _losses(before), _losses(after)
+            layers, after = self._walked(student, merge=spec.merge)
+        bare, healed, merging = _losses(before), _losses(after), {}
+        if is_merged := any(step["step"] == "merge" and step["kept"] for layer in layers for step in layer["steps"]):
+            # Better in every layer is not yet better as a whole.
+            merging = {"merged": healed["loss"], "unmerged": bare["loss"]}
+            if spec.method != "none":
+                other = self.student(plan)
+                other_layers, other_after = self._walked(other, merge=False, name="unmerged.")
+                merging["unmerged"] = _losses(other_after)["loss"]
+                if merging["unmerged"] <= healed["loss"]:
+                    for one, tried in zip(other_layers, layers, strict=True):
+                        one["steps"][:0] = [{**step, "kept": False} for step in tried["steps"] if step["step"] == "merge"]
+                    student, layers, after, is_merged = other, other_layers, other_after, False
+                    healed = _losses(after)
         kept = healed["loss"] < bare["loss"]
         report = {
             "method": spec.method,
-            "merge": spec.merge,
+            **({"merge": is_merged and kept} if spec.merge else {}),
             "teacher": self._teacher_name,
             "traces": dict(self.train.hashes),
             "heldout_traces": dict(self.judge.hashes),
             "tokens": sum(self.train.tokens.values()),
             "heldout_tokens": sum(self.judge.tokens.values()),
             "layers": layers,
-            "heldout": {"teacher": bare["teacher"], "bare": bare["loss"], "healed": healed["loss"]},
+            "heldout": {"teacher": bare["teacher"], "bare": bare["loss"], "healed": healed["loss"], **merging},
             "gap_closed": _closed(bare, healed),
             "kept": kept,
         }
         if not kept:
             return plan, report, before
         record = {key: report[key] for key in ("method", "teacher", "traces", "heldout_traces", "heldout")}
-        if spec.merge:
+        if is_merged:
             record["merge"] = True
         return plan_healed(student, {**record, "pace": asdict(spec.pace)}), report, after
+
+    def _walked(self, student: Stream, *, merge: bool, name: str = "") -> tuple[list[dict[str, Any]], Measurement]:
+        """Heal ``student``; return the report by layer, and what judged it. ``name``: of its files."""
+        walk = Walk([self.teacher, student], [*self.learn, *self.held], self.folder)
+        layers = heal(
+            walk,
+            student,
+            self.teacher,
+            range(len(self.learn)),
+            range(len(self.learn), len(walk.batches)),
+            method=self.spec.method,
+            pace=self.spec.pace,
+            merge=merge,
+            room=Room(self.folder, name),
+            progress=self._progress,
+        )
+        del walk  # and its hidden states
+        return layers, self.judged(student)
 
 
 @contextmanager

@@ -73,8 +73,8 @@ class HealSpec:
     ``traces`` are read in their calibration split (a user's own in the train split, the largest);
     ``heldout_tokens`` of their validation split judge every step and the whole. In a recipe, traces and
     ``length`` are the recipe's where none are given. ``teacher``: the checkpoint to come back to (None: the one
-    that is cut; in a recipe the first). ``merge``: for pruned experts, see ``healing.merge``; judged layer by layer,
-    whatever the ``method``.
+    that is cut; in a recipe the first). ``merge``: for pruned experts, see ``healing.merge``; judged layer by layer
+    and as a whole against healing without.
     """
 
     traces: tuple[str, ...] = ()
