@@ -98,7 +98,8 @@ class Healer:
                 merging["unmerged"] = _losses(other_after)["loss"]
                 if merging["unmerged"] <= healed["loss"]:
                     for one, tried in zip(other_layers, layers, strict=True):
-                        one["steps"][:0] = [{**step, "kept": False} for step in tried["steps"] if step["step"] == "merge"]
+                        merges = [step for step in tried["steps"] if step["step"] == "merge"]
+                        one["steps"][:0] = [{**step, "kept": False} for step in merges]
                     student, layers, after, is_merged = other, other_layers, other_after, False
                     healed = _losses(after)
         kept = healed["loss"] < bare["loss"]
