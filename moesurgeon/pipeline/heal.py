@@ -95,13 +95,14 @@ class Healer:
             if spec.method != "none":
                 other = self.student(plan)
                 other_layers, other_after = self._walked(other, merge=False, name="unmerged.")
-                merging["unmerged"] = _losses(other_after)["loss"]
-                if merging["unmerged"] <= healed["loss"]:
+                unmerged = _losses(other_after)
+                merging["unmerged"] = unmerged["loss"]
+                if unmerged["loss"] <= healed["loss"]:
                     for one, tried in zip(other_layers, layers, strict=True):
                         merges = [step for step in tried["steps"] if step["step"] == "merge"]
                         one["steps"][:0] = [{**step, "kept": False} for step in merges]
                     student, layers, after, is_merged = other, other_layers, other_after, False
-                    healed = _losses(after)
+                    healed = unmerged
         kept = healed["loss"] < bare["loss"]
         report = {
             "method": spec.method,
