@@ -99,6 +99,13 @@ HealRank = Annotated[
         "grows with R rather than with the width. Default: in all of them.",
     ),
 ]
+Merge = Annotated[
+    bool,
+    typer.Option(
+        "--merge",
+        help="Fold each dropped expert into the survivor most like it, in the layers where that heals better (--heal).",
+    ),
+]
 HealTeacher = Annotated[
     str | None,
     typer.Option(metavar="CKPT", help="The checkpoint that healing comes back to. Default: the one that is cut."),

@@ -10,7 +10,9 @@ from moesurgeon.engine.batches import Batch
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.streams import Stream
 from moesurgeon.healing import bound
+from moesurgeon.healing.align import EXACT
 from moesurgeon.healing.block import is_of
+from moesurgeon.healing.merge import OUTPUTS, SAMPLE
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.healing.ridge import ROW_BYTES, chunk_tokens
 from moesurgeon.healing.router import fit_bytes
@@ -29,13 +31,16 @@ class HealingBytes:
     held: int
 
 
-def healing_bytes(student: Stream, method: Method, pace: Pace, batches: Sequence[Batch]) -> HealingBytes:
+def healing_bytes(
+    student: Stream, method: Method, pace: Pace, batches: Sequence[Batch], *, merge: bool = False
+) -> HealingBytes:
     """Return what healing ``student`` on ``batches`` takes.
 
     Its own copy of a layer that the plan changes, and of what is healed the candidate and its rounding. Ridge: the
     normal equations of the expert (or the shared experts) that needs most, see :func:`refit_bytes`. Distillation:
     masters, gradients (as they are, and split by expert) and both of Adam's moments in float32, and the best state so
-    far. Of the data x, z, what is missing in float32, and the routing of each token.
+    far. Merging: the merged experts and their rounding, the refit of those that are not merged, and what ``_aligning``
+    takes. Of the data x, z, what is missing in float32, and the routing of each token.
     """
     size = student.source.placement.dtype.itemsize
     work, healed = 0, 0
@@ -51,14 +56,19 @@ def healing_bytes(student: Stream, method: Method, pace: Pace, batches: Sequence
         if method == "distill":
             trained = sum(counts.values())
             need = max(need, trained * (5 * _FLOAT + 3 * size) + _activations(student, pace))
+        if merge:
+            folded = 2 * sum(counts.values()) * size
+            need = max(need + folded + downs * size, folded + _aligning(student))
         work = max(work, copy + need)
         changed = sum(counts.values()) if method == "distill" else downs
         if pace.router and method != "distill":
             changed += student.anatomy.experts * student.anatomy.hidden
+        if merge:  # healed with and without
+            changed += sum(counts.values())
         healed += changed * size
     tokens = sum(batch.text_tokens for batch in batches)
     row = student.anatomy.hidden * (2 * size + _FLOAT) + student.anatomy.top_k * (8 + _FLOAT)
-    return HealingBytes(work, tokens * row + healed) if method != "none" else HealingBytes(0, 0)
+    return HealingBytes(work, tokens * row + healed) if method != "none" or merge else HealingBytes(0, 0)
 
 
 def trial_bytes(stream: Stream, tokens: int) -> int:
@@ -132,3 +142,12 @@ def _activations(student: Stream, pace: Pace) -> int:
     """Return what a training step keeps of its tokens: inputs, gate, up, activation and output by expert."""
     per_expert = 5 * student.anatomy.expert_width + 3 * student.anatomy.hidden
     return pace.tokens_per_step * (student.anatomy.top_k + 1) * per_expert * _FLOAT
+
+
+def _aligning(student: Stream) -> int:
+    """Return what comparing experts takes: outputs of all of them, then for a pair its sums, weights and activations,
+    five matrices of width by width, and two in float64 of what is assigned exactly."""
+    width, hidden = student.anatomy.expert_width, student.anatomy.hidden
+    outputs = max(OUTPUTS, student.source.anatomy.experts * hidden * _FLOAT)
+    pair = 4 * 3 * hidden * width + 4 * SAMPLE * width + 5 * width**2
+    return max(outputs, pair * _FLOAT + 2 * min(width, EXACT) ** 2 * _DOUBLE)

@@ -11,10 +11,10 @@ from moesurgeon.engine.hidden import mapped
 
 
 class Room:
-    """Memory in files of ``folder``, mapped; None: plain memory."""
+    """Memory in files of ``folder``, mapped; None: plain memory. ``name``: before that of what is held to the end."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, name: str = "") -> None:
+        self._folder, self._name = folder, name
         self._kept = 0
 
     @property
@@ -32,4 +32,4 @@ class Room:
         if self._folder is None:
             return tensor
         self._kept += 1
-        return self.empty(f"{self._kept}.healed", tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+        return self.empty(f"{self._name}{self._kept}.healed", tensor.shape, tensor.dtype, tensor.device).copy_(tensor)

@@ -17,7 +17,7 @@ from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import UsageError
 from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, Measurement, measure
 from moesurgeon.healing.heal import heal, refuse_quantised
-from moesurgeon.healing.memory import healing_bytes, trial_bytes, widest
+from moesurgeon.healing.memory import HealingBytes, healing_bytes, trial_bytes, widest
 from moesurgeon.healing.pace import METHODS, Method, Pace
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.healing.room import Room
@@ -138,40 +138,61 @@ class Healer:
         spec, student = self.spec, self.student(plan)
         before = after = self.judged(student)
         layers: list[dict[str, Any]] = []
-        if spec.method != "none":
-            walk = Walk([self.teacher, student], [*self.learn, *self.held], self.folder)
-            numbers = range(len(self.learn)), range(len(self.learn), len(walk.batches))
-            room = Room(self.folder)
-            layers = heal(
-                walk,
-                student,
-                self.teacher,
-                *numbers,
-                method=spec.method,
-                pace=spec.pace,
-                room=room,
-                progress=self._progress,
-            )
-            del walk  # and its hidden states
-            after = self.judged(student)
-        bare, healed = _losses(before), _losses(after)
+        if spec.method != "none" or spec.merge:
+            layers, after = self._walked(student, merge=spec.merge)
+        bare, healed, merging = _losses(before), _losses(after), {}
+        if is_merged := any(step["step"] == "merge" and step["kept"] for layer in layers for step in layer["steps"]):
+            # Better in every layer is not yet better as a whole.
+            merging = {"merged": healed["loss"], "unmerged": bare["loss"]}
+            if spec.method != "none":
+                other = self.student(plan)
+                other_layers, other_after = self._walked(other, merge=False, name="unmerged.")
+                unmerged = _losses(other_after)
+                merging["unmerged"] = unmerged["loss"]
+                if unmerged["loss"] <= healed["loss"]:
+                    for one, tried in zip(other_layers, layers, strict=True):
+                        merges = [step for step in tried["steps"] if step["step"] == "merge"]
+                        one["steps"][:0] = [{**step, "kept": False} for step in merges]
+                    student, layers, after, is_merged = other, other_layers, other_after, False
+                    healed = unmerged
         kept = healed["loss"] < bare["loss"]
         report = {
             "method": spec.method,
+            **({"merge": is_merged and kept} if spec.merge else {}),
             "teacher": self._teacher_name,
             "traces": dict(self.train.hashes),
             "heldout_traces": dict(self.judge.hashes),
             "tokens": sum(self.train.tokens.values()),
             "heldout_tokens": sum(self.judge.tokens.values()),
             "layers": layers,
-            "heldout": {"teacher": bare["teacher"], "bare": bare["loss"], "healed": healed["loss"]},
+            "heldout": {"teacher": bare["teacher"], "bare": bare["loss"], "healed": healed["loss"], **merging},
             "gap_closed": _closed(bare, healed),
             "kept": kept,
         }
         if not kept:
             return plan, report, before
         record = {key: report[key] for key in ("method", "teacher", "traces", "heldout_traces", "heldout")}
+        if is_merged:
+            record["merge"] = True
         return plan_healed(student, {**record, "pace": asdict(spec.pace)}), report, after
+
+    def _walked(self, student: Stream, *, merge: bool, name: str = "") -> tuple[list[dict[str, Any]], Measurement]:
+        """Heal ``student``; return the report by layer, and what judged it. ``name``: of its files."""
+        walk = Walk([self.teacher, student], [*self.learn, *self.held], self.folder)
+        layers = heal(
+            walk,
+            student,
+            self.teacher,
+            range(len(self.learn)),
+            range(len(self.learn), len(walk.batches)),
+            method=self.spec.method,
+            pace=self.spec.pace,
+            merge=merge,
+            room=Room(self.folder, name),
+            progress=self._progress,
+        )
+        del walk  # and its hidden states
+        return layers, self.judged(student)
 
 
 @contextmanager
@@ -200,7 +221,7 @@ def healer(
             for each in (subject, *([other] if other else []))
         ]
         student = Stream(sources[0], Overlay(plan=like))
-        if spec.method != "none":
+        if spec.method != "none" or spec.merge:
             refuse_quantised(student)
         batches = [batch for each in (train, judge) for batch in _batched(each, sources[0], subject, spec)]
         trials = trial_bytes(Stream(sources[0]), TOKENS + HELDOUT_TOKENS) if choosing else 0
@@ -260,8 +281,11 @@ def _share_out(
     """
     walking = batches if len(sources) == 2 else [*batches, *batches]
 
+    def bytes_of(method: Method, pace: Pace) -> HealingBytes:
+        return healing_bytes(student, method, pace, batches, merge=spec.merge)
+
     def fits(method: Method, pace: Pace) -> bool:
-        takes = healing_bytes(student, method, pace, batches)
+        takes = bytes_of(method, pace)
         return share_out(running.max_memory, sources, walking, work=max(takes.work, trials), held=takes.held)
 
     try:
@@ -270,13 +294,13 @@ def _share_out(
         if spec.method not in ("ridge", "distill"):
             raise
         said = [str(error)]
-        takes, less = (healing_bytes(student, each, spec.pace, batches).work for each in (spec.method, "ridge"))
+        takes, less = (bytes_of(each, spec.pace).work for each in (spec.method, "ridge"))
         if spec.method == "distill":
             said.append(f"distilling a layer takes {takes:,} bytes with its gradients and optimiser state")
             said.append(f"--heal-method ridge takes {less:,}")
         rank = _rank_that_fits(student, partial(fits, "ridge"), spec.pace)
         if rank is not None:
-            least = healing_bytes(student, "ridge", replace(spec.pace, rank=rank), batches).work
+            least = bytes_of("ridge", replace(spec.pace, rank=rank)).work
             method = "" if spec.method == "ridge" else "--heal-method ridge "
             said.append(f"{method}--heal-rank {rank} takes {least:,} rather than {less:,} and fits")
         raise UsageError("; ".join(said)) from error

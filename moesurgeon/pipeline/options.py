@@ -74,7 +74,8 @@ class HealSpec:
     names one; ``heldout_tokens`` of their validation split judge every step and the whole. In a recipe, traces and
     ``length`` are the recipe's where none are given. ``teacher``: the checkpoint to come back to (None: the one
     that is cut; in a recipe the first). ``sample``: heal on a uniform sample of all documents by this seed rather
-    than on the first ones; the text that judges stays the same.
+    than on the first ones; the text that judges stays the same. ``merge``: for pruned experts, see ``healing.merge``;
+    judged layer by layer and as a whole against healing without.
     """
 
     traces: tuple[str, ...] = ()
@@ -85,4 +86,5 @@ class HealSpec:
     length: int | None = None
     split: Literal["train", "calibration"] | None = None
     sample: Annotated[int, Ge(0), Lt(2**63)] | None = None
+    merge: bool = False
     pace: Pace = field(default_factory=Pace)

@@ -9,6 +9,7 @@ import numpy as np
 
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.engine import device
+from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.choice import PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
 from moesurgeon.pipeline.heal import check_heal
@@ -38,6 +39,8 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
     for step in recipe.steps:
         if step.heal:
             check_heal(healing_of(recipe, step.heal))
+            if step.retop and step.heal.merge:
+                raise UsageError("heal: {merge: true} is for prune: retop drops no experts that could be folded")
         if step.prune:
             refuse_without_healing(step.prune.criterion, step.prune.heal)
         if step.retop:

@@ -89,6 +89,8 @@ def finish_healed(
     from moesurgeon.pipeline.heal import check_heal, healed  # needs the running model, which nothing else here does
 
     check_heal(heal)
+    if heal.merge and plan.result(subject.anatomy).experts == subject.anatomy.experts:
+        raise UsageError("merging folds experts that are pruned into those that stay, and none is pruned: leave it out")
     refuse_layout(plan, subject, writing)
     if writing.dry_run:
         return {"healing": [], "healed": {"planned": asdict(heal)}, **finish(plan, subject, writing, progress)}

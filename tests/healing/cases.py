@@ -56,6 +56,7 @@ def healed(
     method: Method,
     *,
     pace: Pace = SHORT,
+    merge: bool = False,
     source: Source | None = None,
     folder: Path | None = None,
     learn: Sequence[Batch] = LEARN,
@@ -65,7 +66,7 @@ def healed(
     teacher, student = Stream(source), Stream(source, Overlay(plan=plan))
     walk = Walk([teacher, student], [*learn, *HELD], folder)
     train, heldout = range(len(learn)), range(len(learn), len(learn) + len(HELD))
-    reports = heal(walk, student, teacher, train, heldout, method=method, pace=pace, room=Room(folder))
+    reports = heal(walk, student, teacher, train, heldout, method=method, pace=pace, merge=merge, room=Room(folder))
     return Healed(student, teacher, reports)
 
 
