@@ -6,7 +6,6 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from moesurgeon.errors import UsageError
 from moesurgeon.healing.pace import Pace
 from moesurgeon.pipeline.choice import PruneSpec, choose_by
 from moesurgeon.pipeline.heal import Healer, healer
+from moesurgeon.pipeline.healed_choice import settled
 from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.subject import Subject
@@ -102,7 +102,8 @@ class Round:
         spec = PruneSpec(keep=keep, criterion=criterion, seed=self.seed)
         try:
             if criterion == "healed":
-                return chosen_by_healing(lambda: self._healer(self._strongest, stack), spec, taken), {}
+                choice = choose_by(self.subject.anatomy, spec, taken)
+                return settled(choice, self._healer(self._strongest, stack), self.subject.anatomy).kept, {}
             return choose_by(self.subject.anatomy, spec, taken).kept, {}
         except UsageError as error:
             skipped(f"{criterion} of {keep} experts: {error}")
@@ -188,11 +189,6 @@ class Round:
         keep = anatomy.experts - round(anatomy.experts * min(self.shares))
         any_scores = np.zeros((len(anatomy.moe_layers), anatomy.experts))
         return plan_prune(anatomy, best(any_scores, anatomy.moe_layers, keep, anatomy.groups[0]))
-
-
-def chosen_by_healing(open_healer: Callable[[], Healer], spec: PruneSpec, taken: Profile) -> Kept:
-    """Return what the criterion ``healed`` keeps: the experts with which least error is left once they are healed."""
-    raise UsageError("the criterion healed is not connected to this benchmark")
 
 
 _told: set[str] = set()
