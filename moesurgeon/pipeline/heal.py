@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moesurgeon.engine.batches import BATCH_TOKENS, Batch, batches_of, rows_for
-from moesurgeon.engine.budget import share_out
 from moesurgeon.engine.device import place
 from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import UsageError
 from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, Measurement, measure
 from moesurgeon.healing.heal import heal, refuse_quantised
-from moesurgeon.healing.memory import HealingBytes, healing_bytes, trial_bytes, widest
-from moesurgeon.healing.pace import METHODS, Method, Pace
+from moesurgeon.healing.memory import trial_bytes
+from moesurgeon.healing.pace import METHODS
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.healing.room import Room
+from moesurgeon.pipeline.heal_budget import share_out_healing
 from moesurgeon.pipeline.healed_choice import HELDOUT_TOKENS, TOKENS, Fixed, LayerChoice, Starts, choose_healed
 from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.pipeline.subject import Subject, open_subject
@@ -225,7 +224,7 @@ def healer(
             refuse_quantised(student)
         batches = [batch for each in (train, judge) for batch in _batched(each, sources[0], subject, spec)]
         trials = trial_bytes(Stream(sources[0]), TOKENS + HELDOUT_TOKENS) if choosing else 0
-        fits = _share_out(sources, student, spec, running, batches, trials)
+        fits = share_out_healing(sources, student, spec, running, batches, trials)
         folder: Path | None = stack.enter_context(hidden_folder(fits))
         yield Healer(subject, spec, sources, (train, judge), folder, teacher=other or subject, progress=progress)
 
@@ -265,56 +264,6 @@ def _teacher(subject: Subject, spec: HealSpec) -> Subject | None:
             f"{mine.hidden}: no teacher for it; give the checkpoint that it was made from"
         )
     return other
-
-
-def _share_out(
-    sources: Sequence[Source],
-    student: Stream,
-    spec: HealSpec,
-    running: Running,
-    batches: Sequence[Batch],
-    trials: int = 0,
-) -> bool:
-    """Divide the memory as ``engine.budget`` does, both streams' states and all that healing takes included.
-
-    ``trials``: bytes that choosing takes, before healing takes its own.
-    """
-    walking = batches if len(sources) == 2 else [*batches, *batches]
-
-    def bytes_of(method: Method, pace: Pace) -> HealingBytes:
-        return healing_bytes(student, method, pace, batches, merge=spec.merge)
-
-    def fits(method: Method, pace: Pace) -> bool:
-        takes = bytes_of(method, pace)
-        return share_out(running.max_memory, sources, walking, work=max(takes.work, trials), held=takes.held)
-
-    try:
-        return fits(spec.method, spec.pace)
-    except UsageError as error:
-        if spec.method not in ("ridge", "distill"):
-            raise
-        said = [str(error)]
-        takes, less = (bytes_of(each, spec.pace).work for each in (spec.method, "ridge"))
-        if spec.method == "distill":
-            said.append(f"distilling a layer takes {takes:,} bytes with its gradients and optimiser state")
-            said.append(f"--heal-method ridge takes {less:,}")
-        rank = _rank_that_fits(student, partial(fits, "ridge"), spec.pace)
-        if rank is not None:
-            least = bytes_of("ridge", replace(spec.pace, rank=rank)).work
-            method = "" if spec.method == "ridge" else "--heal-method ridge "
-            said.append(f"{method}--heal-rank {rank} takes {least:,} rather than {less:,} and fits")
-        raise UsageError("; ".join(said)) from error
-
-
-def _rank_that_fits(student: Stream, fits: Callable[[Pace], bool], pace: Pace) -> int | None:
-    """Return the largest power of two as rank with which a refit fits; None where all of it does, or nothing does."""
-    widths = [1 << power for power in range(23, 3, -1)]
-    ranks: list[int | None] = [None, *(rank for rank in widths if rank < widest(student))]
-    for rank in ranks:
-        with suppress(UsageError):
-            fits(replace(pace, rank=rank))
-            return rank
-    return None
 
 
 def _losses(measured: Measurement) -> dict[str, float]:

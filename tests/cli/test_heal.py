@@ -157,8 +157,8 @@ def test_stopped_while_it_heals(
 def test_killed_with_states_in_files(out: Path, tmp_path: Path) -> None:
     """What is left is in TMPDIR alone."""
     script = (
-        "from moesurgeon.pipeline import heal\n"
-        "heal.share_out = lambda *given, **more: False\n"
+        "from moesurgeon.pipeline import heal_budget\n"
+        "heal_budget.share_out = lambda *given, **more: False\n"
         "from moesurgeon.cli import main\n"
         "main()\n"
     )

@@ -13,6 +13,7 @@ import pytest
 from moesurgeon.errors import OutputError, UsageError
 from moesurgeon.healing.pace import Pace
 from moesurgeon.pipeline import heal as module
+from moesurgeon.pipeline import heal_budget
 from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.evaluate import evaluate
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
@@ -158,7 +159,7 @@ def test_with_little_memory_the_same_comes_out(
         return stock(walk, student, *given, room=room, **options)
 
     monkeypatch.setattr(module, "heal", watched)
-    real = module.share_out
+    real = heal_budget.share_out
 
     def little(limit: int | None, sources: Any, batches: Any, *, work: int, held: int) -> bool:
         assert work > 0 and held > 0
@@ -167,7 +168,7 @@ def test_with_little_memory_the_same_comes_out(
         return False
 
     expected = _retop(tiny_mixtral, tmp_path / "resident", DISTILL)
-    monkeypatch.setattr(module, "share_out", little)
+    monkeypatch.setattr(heal_budget, "share_out", little)
     found = _retop(tiny_mixtral, tmp_path / "streamed", DISTILL)
     assert seen == [(True, True), (False, False)]
     assert found["healing"] == expected["healing"]
@@ -215,7 +216,7 @@ def test_a_rank_heals_and_is_recorded(tiny_mixtral: Subject, tmp_path: Path) -> 
 
 
 def test_a_full_disk_is_said(tiny_mixtral: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "share_out", lambda *_given, **_more: False)
+    monkeypatch.setattr(heal_budget, "share_out", lambda *_given, **_more: False)
 
     def full(*_given: Any) -> None:
         raise OSError(28, "No space left on device")

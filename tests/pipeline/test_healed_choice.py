@@ -10,7 +10,7 @@ import pytest
 
 from moesurgeon.errors import NothingToDo, UsageError
 from moesurgeon.pipeline import heal as module
-from moesurgeon.pipeline import healed_choice
+from moesurgeon.pipeline import heal_budget, healed_choice
 from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.heal import healer
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
@@ -89,7 +89,7 @@ def test_with_little_memory_the_same_is_chosen(
     spec = _spec(taken[tiny_deepseek.name], keep=15)
     expected = prune(tiny_deepseek.name, spec, Writing(output=tmp_path / "resident"), running=RUNNING)
     asked: list[int] = []
-    real = module.share_out
+    real = heal_budget.share_out
 
     def little(limit: int | None, sources: Any, batches: Any, *, work: int, held: int) -> bool:
         asked.append(work)
@@ -97,7 +97,7 @@ def test_with_little_memory_the_same_is_chosen(
         sources[0].supply.allow(sources[0].supply.least)
         return False
 
-    monkeypatch.setattr(module, "share_out", little)
+    monkeypatch.setattr(heal_budget, "share_out", little)
     found = prune(tiny_deepseek.name, spec, Writing(output=tmp_path / "streamed"), running=RUNNING)
     assert found["choice"] == expected["choice"] and found["healing"] == expected["healing"]
     prune(tiny_deepseek.name, replace(spec, criterion="reap"), Writing(output=tmp_path / "reap"), running=RUNNING)

@@ -17,6 +17,7 @@ from moesurgeon.healing.memory import healing_bytes
 from moesurgeon.healing.merge import Merger
 from moesurgeon.healing.pace import METHODS, Pace
 from moesurgeon.pipeline import heal as module
+from moesurgeon.pipeline import heal_budget
 from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.options import HealSpec, Running, Writing
 from moesurgeon.pipeline.prune import prune
@@ -144,14 +145,14 @@ def test_with_little_memory_the_same_comes_out(
     tiny_mixtral: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = _prune(tiny_mixtral, tmp_path / "resident", MERGE)
-    real = module.share_out
+    real = heal_budget.share_out
 
     def little(limit: int | None, sources: Any, batches: Any, *, work: int, held: int) -> bool:
         real(limit, sources, batches, work=work, held=held)
         sources[0].supply.allow(sources[0].supply.least)
         return False
 
-    monkeypatch.setattr(module, "share_out", little)
+    monkeypatch.setattr(heal_budget, "share_out", little)
     found = _prune(tiny_mixtral, tmp_path / "streamed", MERGE)
     assert found["healing"] == expected["healing"] and found["healed"] == expected["healed"]
     assert _bytes(tmp_path / "resident") == _bytes(tmp_path / "streamed")

@@ -1,0 +1,66 @@
+"""How memory is shared out between a walk and what healing takes, and what to do where it is too little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.budget import share_out
+from moesurgeon.engine.streams import Source, Stream
+from moesurgeon.errors import UsageError
+from moesurgeon.healing.memory import HealingBytes, healing_bytes, widest
+from moesurgeon.healing.pace import Method, Pace
+from moesurgeon.pipeline.options import HealSpec, Running
+
+
+def share_out_healing(
+    sources: Sequence[Source],
+    student: Stream,
+    spec: HealSpec,
+    running: Running,
+    batches: Sequence[Batch],
+    trials: int = 0,
+) -> bool:
+    """Divide the memory as ``engine.budget`` does, both streams' states and all that healing takes included.
+
+    ``trials``: bytes that choosing takes, before healing takes its own.
+    """
+    walking = batches if len(sources) == 2 else [*batches, *batches]
+
+    def bytes_of(method: Method, pace: Pace) -> HealingBytes:
+        return healing_bytes(student, method, pace, batches, merge=spec.merge)
+
+    def fits(method: Method, pace: Pace) -> bool:
+        takes = bytes_of(method, pace)
+        return share_out(running.max_memory, sources, walking, work=max(takes.work, trials), held=takes.held)
+
+    try:
+        return fits(spec.method, spec.pace)
+    except UsageError as error:
+        if spec.method not in ("ridge", "distill"):
+            raise
+        said = [str(error)]
+        takes, less = (bytes_of(each, spec.pace).work for each in (spec.method, "ridge"))
+        if spec.method == "distill":
+            said.append(f"distilling a layer takes {takes:,} bytes with its gradients and optimiser state")
+            said.append(f"--heal-method ridge takes {less:,}")
+        rank = _rank_that_fits(student, partial(fits, "ridge"), spec.pace)
+        if rank is not None:
+            least = bytes_of("ridge", replace(spec.pace, rank=rank)).work
+            method = "" if spec.method == "ridge" else "--heal-method ridge "
+            said.append(f"{method}--heal-rank {rank} takes {least:,} rather than {less:,} and fits")
+        raise UsageError("; ".join(said)) from error
+
+
+def _rank_that_fits(student: Stream, fits: Callable[[Pace], bool], pace: Pace) -> int | None:
+    """Return the largest power of two as rank with which a refit fits; None where all of it does, or nothing does."""
+    widths = [1 << power for power in range(23, 3, -1)]
+    ranks: list[int | None] = [None, *(rank for rank in widths if rank < widest(student))]
+    for rank in ranks:
+        with suppress(UsageError):
+            fits(replace(pace, rank=rank))
+            return rank
+    return None
