@@ -205,6 +205,21 @@ def test_two_at_once_do_not_share_a_folder(tiny_mixtral: Subject, tmp_path: Path
         _prune(tiny_mixtral, tmp_path / "out", stages=(7,), run=tmp_path / "run")
 
 
+@pytest.mark.parametrize("criterion", ["reconstruction", "healed"])
+def test_stages_by_what_is_searched(tiny_mixtral: Subject, tmp_path: Path, criterion: str) -> None:
+    """Each stage has a profile, and inner products, of what the one before it left; merging and protection go along."""
+    heal = replace(RIDGE, max_tokens=2048, heldout_tokens=1024, merge=criterion == "healed")
+    report = _prune(
+        tiny_mixtral, tmp_path / "out", stages="25%:2", criterion=criterion, heal=heal, protect=("json=0.3",)
+    )
+    assert report["criterion"] == criterion and report["experts_after"] == 6
+    for line in report["stages"]:
+        assert line["criterion"] == criterion and line["evidence"]["protection"]["names"]
+        assert set(line["evidence"]["explained"]) == {"0", "1", "2", "3"}
+        assert ("choice" if criterion == "healed" else "reconstruction") in line["evidence"]
+    verify(str(tmp_path / "out"), source=tiny_mixtral.name)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
