@@ -224,10 +224,10 @@ def test_a_worse_router_is_not_taken(stock: Stock, monkeypatch: pytest.MonkeyPat
 def test_in_bfloat16(tmp_path: Path) -> None:
     """Refit in a span and router's fit, both with float32 or better inside, on a model that computes in bfloat16."""
     subject = open_subject(str(save_checkpoint(tmp_path / "bf16", "mixtral", dtype=torch.bfloat16)))
-    with stopped(subject, cut(subject), placement=Placement(CPU, torch.bfloat16)) as stop:
+    with stopped(subject, cut(subject), which=1, placement=Placement(CPU, torch.bfloat16)) as stop:
         own, routing = own_values(stop.block), routing_of(stop.student.anatomy)
         down = refitted(stop.block, stop.train, stop.heldout, rank=16)
-        router = fitted_router(stop.block, down, stop.train, stop.heldout, routing)
+        router = fitted_router(stop.block, {}, stop.train, stop.heldout, routing)
         assert {tensor.dtype for tensor in (*down.values(), *router.values())} == {torch.bfloat16} and router
-        errors = [error_of(stop.block, own | each, stop.heldout) for each in ({}, down, down | router)]
-        assert errors == sorted(errors, reverse=True) and errors[0] > errors[2]
+        before, *after = (error_of(stop.block, own | each, stop.heldout) for each in ({}, down, router))
+        assert max(after) < before
