@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moesurgeon.engine.device import Placement
 from moesurgeon.engine.routing import Routing, routing_of, selection_bias
 from moesurgeon.healing import router as module
 from moesurgeon.healing.block import error_of, own_values
@@ -16,8 +18,9 @@ from moesurgeon.healing.ridge import refitted
 from moesurgeon.healing.router import Gate, Products, fit, fitted_router, hard_error, products_of, router_weight
 from moesurgeon.pipeline.subject import open_subject
 from tests.families.conftest import Stock
+from tests.families.factory import save_checkpoint
 from tests.healing.cases import SHORT, Stop, cut, healed, stopped
-from tests.laws.walks import RUNS
+from tests.laws.walks import CPU, RUNS
 
 SOFTMAX = Routing("softmax", True, 1.0, 1, 1, "max")
 RULES = {
@@ -216,3 +219,15 @@ def test_a_worse_router_is_not_taken(stock: Stock, monkeypatch: pytest.MonkeyPat
                   pace=Pace(router=True))  # fmt: skip
     assert not any(report["steps"][1]["kept"] for report in done.reports)
     assert not any("gate" in name and "gate_up" not in name for name in done.student.overlay.tensors)
+
+
+def test_in_bfloat16(tmp_path: Path) -> None:
+    """Refit in a span and router's fit, both with float32 or better inside, on a model that computes in bfloat16."""
+    subject = open_subject(str(save_checkpoint(tmp_path / "bf16", "mixtral", dtype=torch.bfloat16)))
+    with stopped(subject, cut(subject), which=1, placement=Placement(CPU, torch.bfloat16)) as stop:
+        own, routing = own_values(stop.block), routing_of(stop.student.anatomy)
+        down = refitted(stop.block, stop.train, stop.heldout, rank=16)
+        router = fitted_router(stop.block, {}, stop.train, stop.heldout, routing)
+        assert {tensor.dtype for tensor in (*down.values(), *router.values())} == {torch.bfloat16} and router
+        before, *after = (error_of(stop.block, own | each, stop.heldout) for each in ({}, down, router))
+        assert max(after) < before
