@@ -51,7 +51,8 @@ def test_chosen_by_what_healing_leaves(out: Path, profiles: dict[str, Path]) -> 
     planned = succeeded(*arguments, "--dry-run")
     assert contents(out.parent) == {} and "would heal on builtin:json" in planned.out
     line = re.compile(
-        r"  layer \d: a refit leaves 0\.\d{4} of 0\.\d{4}, with the choice of [a-z-]+ 0\.\d{4} \(8 subsets refitted, all\)"
+        r"  layer \d: a refit leaves 0\.\d{4} of 0\.\d{4}, with the choice of [a-z-]+ 0\.\d{4} "
+        r"\(8 subsets refitted, all\)"
     )
     assert len([each for each in planned.out.splitlines() if line.fullmatch(each)]) == 4, planned.out
     written = succeeded(*arguments, "--json").json
