@@ -46,9 +46,10 @@ def inner_of(block: MoeBlock, routing: Routing, top_k: int, sample: Sample, toke
         None if bias is None else bias.float().cpu().numpy(),
     )
     for place, (gram, with_output, output) in inner_products(block, inputs, wanted, likeliest):
-        found.gram[place] = gram.float().cpu().numpy()
-        found.with_output[place] = with_output.float().cpu().numpy()
-        found.output[place] = output.squeeze(-1).float().cpu().numpy()
+        w = sample.weights[at[place], None].double()  # scaled so, an error is that token's with its weight
+        found.gram[place] = (gram * w[:, None]).float().cpu().numpy()
+        found.with_output[place] = (with_output * w).float().cpu().numpy()
+        found.output[place] = (output * w).squeeze(-1).float().cpu().numpy()
     return found
 
 

@@ -27,11 +27,13 @@ from moesurgeon.profiling.sample import Rows
 @dataclass(frozen=True)
 class Sample:
     """``inputs`` x [N, H] of the block, what its routed experts should give: ``wanted`` [N, H] in float32, and the
-    router's ``logits`` [N, E]; ``square`` is |z|^2 of all tokens, of which errors are shares."""
+    router's ``logits`` [N, E]. ``weights`` [N]: what a token's squared error counts; ``square`` is the sum of w |z|^2,
+    of which errors are shares."""
 
     inputs: torch.Tensor
     wanted: torch.Tensor
     logits: torch.Tensor
+    weights: torch.Tensor
     square: float
 
     def __len__(self) -> int:
@@ -39,14 +41,22 @@ class Sample:
 
 
 def take_sample(
-    layer: Layer, stream: Stream, teacher: Stream | None, batches: Sequence[int], rows: Sequence[Rows]
+    layer: Layer,
+    stream: Stream,
+    teacher: Stream | None,
+    batches: Sequence[int],
+    rows: Sequence[Rows],
+    *,
+    relative: bool = True,
 ) -> Sample:
     """Take ``stream`` through a mixture layer with ``batches`` and return these ``rows`` of each, as a sample.
 
-    ``teacher`` (None: the stream itself) has moved on already. Raises CheckpointError for states that are not finite,
+    ``teacher`` (None: the stream itself) has moved on already. ``relative``: a token weighs 1 / |h|^2, h [H] being what
+    the layer makes of it; else 1. What comes next divides by |h|, and some tokens have a hundred times the |h|^2 of
+    others. Raises CheckpointError for states that are not finite,
     OutputError for a block that is not what it is taken for.
     """
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    parts: list[tuple[torch.Tensor, ...]] = []
     square = 0.0
     for number, mine in zip(batches, rows, strict=True):
         seen: list[Observation] = []
@@ -61,11 +71,13 @@ def take_sample(
         if not parts:
             _refuse_other_rule(stream, observation)
         beside = observation.result[at].float() - observation.output[at].float()
-        parts.append((observation.inputs[at], target - beside, observation.logits[at].float()))
-        square += float(target.square().sum(dtype=torch.float64))
+        sizes = output.flatten(0, 1)[at].float().square().sum(-1)
+        weights = 1 / sizes.clamp(min=1e-30) if relative else torch.ones_like(sizes)
+        parts.append((observation.inputs[at], target - beside, observation.logits[at].float(), weights))
+        square += float((target.square().sum(-1) * weights).sum(dtype=torch.float64))
         layer.walk.hidden[stream].put(number, output, layer=layer.number)
-    inputs, wanted, logits = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Sample(inputs, wanted, logits, square)
+    inputs, wanted, logits, weights = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Sample(inputs, wanted, logits, weights, square)
 
 
 def _refuse_other_rule(stream: Stream, seen: Observation) -> None:

@@ -34,7 +34,8 @@ _Fed = tuple[torch.Tensor | None, torch.Tensor]
 
 @dataclass(frozen=True)
 class Left:
-    """Errors of a subset on held-out tokens, as shares of |z|^2: of the cut alone, and after the refit."""
+    """Squared errors of a subset on held-out tokens, as shares of |z|^2 (each token with its weight in the sample): of
+    the cut alone, and after the refit, which itself knows no such weights."""
 
     bare: float
     healed: float
@@ -115,7 +116,7 @@ class Trials:
             for number, given in enumerate(routed):
                 rows, fed = self._fed(number, expert, given)
                 missing[number].index_add_(0, rows, fed @ weight.T, alpha=-1.0)
-        bare = _square(missing[1])
+        bare = self._error(missing[1])
         normals: dict[int, _Normal] = {}
         keep = normal_bytes(len(kept), self._wide, self._lambdas) <= self._cache
         for _sweep in range(self._sweeps):
@@ -129,7 +130,11 @@ class Trials:
             if self._shared:
                 shared, normal = self._shared
                 self._improve(missing, [(None, each) for each in shared], normal)
-        return Left(bare * self._scale, _square(missing[1]) * self._scale)
+        return Left(bare, self._error(missing[1]))
+
+    def _error(self, missing: torch.Tensor) -> float:
+        errors = missing.square().sum(-1) * self._sets[1].weights
+        return float(errors.sum(dtype=torch.float64)) * self._scale
 
     def _routed(self, sample: Sample, kept: Collection[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Return by expert the tokens that it is given and their weights [n]."""
@@ -191,10 +196,6 @@ def activation_bytes(experts: int, wide: int, tokens: int) -> int:
 def normal_bytes(experts: int, wide: int, lambdas: Sequence[float] = LAMBDAS) -> int:
     """Return what the normal matrices of so many experts and their factors take."""
     return experts * (2 + len(lambdas)) * wide**2 * 4
-
-
-def _square(missing: torch.Tensor) -> float:
-    return float(missing.square().sum(dtype=torch.float64))
 
 
 def _shared_activations(block: MoeBlock, shared: Any, inputs: torch.Tensor) -> torch.Tensor:

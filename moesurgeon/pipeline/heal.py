@@ -93,11 +93,17 @@ class Healer:
         )
 
     def choose(
-        self, plan: EditPlan | None, count: int, *, starts: Starts, fixed: Fixed | None = None
+        self,
+        plan: EditPlan | None,
+        count: int,
+        *,
+        starts: Starts,
+        fixed: Fixed | None = None,
+        relative: bool = True,
     ) -> dict[int, LayerChoice]:
         """Return by layer which ``count`` experts of what ``plan`` makes (None: of the checkpoint) leave least.
 
-        Least after the refit, on this text. ``starts`` and ``fixed`` as in ``pipeline.healed_choice``, in the
+        Least after the refit, on this text. ``starts``, ``fixed`` and ``relative`` as in ``pipeline.healed_choice``, in the
         numbering of the plan's result.
         """
         changes = plan is not None and not plan.changes_nothing
@@ -115,6 +121,7 @@ class Healer:
             teacher=teacher,
             fixed=fixed,
             starts=starts,
+            relative=relative,
             progress=self._progress,
         )
 

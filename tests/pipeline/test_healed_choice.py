@@ -20,6 +20,7 @@ from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.verify import verify
 from moesurgeon.profiling.artefact import load_profile
 from moesurgeon.progress import SILENT
+from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import plan_prune
 
 TRACES = ("builtin:json", "builtin:logs")
@@ -59,7 +60,7 @@ def test_chosen_healed_and_recorded(tiny_mixtral: Subject, taken: dict[str, Path
     assert (choice["choice_tokens"], choice["choice_heldout_tokens"]) == (2048, 1024)
     for layer in choice["layers"]:
         assert layer["exact"] and layer["refitted"] == 8
-        assert 0 < layer["healed_error"] < layer["error"]
+        assert 0 < layer["healed_error"] <= layer["error"]
         for each in layer["criteria"].values():
             assert layer["healed_error"] <= each["healed_error"] <= each["error"] and len(each["kept"]) == 7
         assert set(layer["criteria"]) == {"frequency", "gate", "ean", "man", "reap", "traffic-reap"}
@@ -71,14 +72,19 @@ def test_chosen_healed_and_recorded(tiny_mixtral: Subject, taken: dict[str, Path
     assert operations[0]["profile_traces"]
 
 
-def test_what_is_left_is_what_healing_finds(tiny_mixtral: Subject, taken: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_left_is_what_healing_finds(tiny_mixtral: Subject) -> None:
     """Of the first layer, before which nothing is cut: the same text, the same refit."""
-    report = prune(
-        tiny_mixtral.name, _spec(taken[tiny_mixtral.name]), Writing(output=tmp_path / "out"), running=RUNNING
-    )
-    chosen, healed = report["choice"]["layers"][0], report["healing"][0]
-    assert chosen["error"] == pytest.approx(healed["error"], rel=1e-4)
-    assert chosen["healed_error"] == pytest.approx(healed["healed_error"], rel=0.02)  # which is rounded to bfloat16
+    with healer(tiny_mixtral, RIDGE, RUNNING, SILENT, like=_any(tiny_mixtral), choosing=True) as opened:
+        found = opened.choose(None, 7, starts={}, relative=False)
+        kept = {layer: each.kept for layer, each in found.items()}
+        _plan, report, _judged = opened.heal(plan_prune(tiny_mixtral.anatomy, kept))
+    chosen, healed = found[0].left, report["layers"][0]
+    assert chosen.bare == pytest.approx(healed["error"], rel=1e-4)
+    assert chosen.healed == pytest.approx(healed["healed_error"], rel=0.02)  # which is rounded to bfloat16
+
+
+def _any(subject: Subject) -> EditPlan:
+    return plan_prune(subject.anatomy, dict.fromkeys(subject.anatomy.moe_layers, tuple(range(7))))
 
 
 def test_with_little_memory_the_same_is_chosen(
@@ -115,8 +121,8 @@ def test_a_state_that_is_not_written_can_be_cut_further(
         better, _report, _judged = opened.heal(first)
         starts = {layer: {"given": (0, 1, 2, 3, 4, 5)} for layer in anatomy.moe_layers}
         fixed = {anatomy.moe_layers[0]: frozenset({1, 6})}
-        found = opened.choose(better, 6, starts=starts, fixed=fixed)
-        bare = opened.choose(first, 6, starts=starts)
+        found = opened.choose(better, 6, starts=starts, fixed=fixed, relative=False)
+        bare = opened.choose(first, 6, starts=starts, relative=False)
     for layer, each in found.items():
         assert each.refitted == (5 if layer in fixed else 7) and each.exact and len(each.kept) == 6
         assert fixed.get(layer, frozenset()) <= set(each.kept) <= set(range(7))
