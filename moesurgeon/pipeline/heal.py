@@ -103,8 +103,8 @@ class Healer:
     ) -> dict[int, LayerChoice]:
         """Return by layer which ``count`` experts of what ``plan`` makes (None: of the checkpoint) leave least.
 
-        Least after the refit, on this text. ``starts``, ``fixed`` and ``relative`` as in ``pipeline.healed_choice``, in the
-        numbering of the plan's result.
+        Least after the refit, on this text. ``starts`` and ``fixed`` are in the numbering of the plan's result, and
+        ``relative`` is as in ``pipeline.healed_choice``.
         """
         changes = plan is not None and not plan.changes_nothing
         stream = Stream(self._student_source, Overlay(plan=plan) if changes else None)
