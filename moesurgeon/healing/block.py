@@ -45,12 +45,13 @@ def output_of(block: MoeBlock, values: Values, inputs_TH: torch.Tensor) -> torch
 
 @torch.no_grad()
 def error_of(block: MoeBlock, values: Values, data: BlockData) -> float:
-    """Return the squared error of the block with ``values``, as a share of the target's square."""
+    """Return the squared error of the block with ``values``, as a share of the target's square, by importance."""
     wrong = norm = 0.0
-    for _rows, inputs, target in data.chunks(CHUNK, _device_of(block)):
+    for rows, inputs, target in data.chunks(CHUNK, _device_of(block)):
+        root = data.importance[rows, None].sqrt().to(inputs.device)
         output = output_of(block, values, inputs).float()
-        wrong += sum_of_squares(output - target.float())
-        norm += sum_of_squares(target)
+        wrong += sum_of_squares((output - target.float()) * root)
+        norm += sum_of_squares(target.float() * root)
     return wrong / norm if norm else float("nan")
 
 

@@ -24,12 +24,16 @@ from moesurgeon.healing.room import Room
 
 @dataclass(frozen=True)
 class BlockData:
-    """``inputs`` x and ``target`` z [N, H] of the student, and its routing before healing [N, K]."""
+    """``inputs`` x and ``target`` z [N, H] of the student, and its routing before healing [N, K].
+
+    ``importance`` [N]: what the squared error of a token counts, one on average (:func:`importance_of`).
+    """
 
     inputs: torch.Tensor
     target: torch.Tensor
     indices: torch.Tensor
     weights: torch.Tensor
+    importance: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -57,6 +61,7 @@ def block_data(
         room.empty(f"{name}.target", wide, dtype, device),
         torch.empty(top_k, dtype=torch.int64, device=device),
         torch.empty(top_k, dtype=torch.float32, device=device),
+        torch.empty(count, dtype=torch.float32, device=device),
     )
     start = 0
     for number in batches:
@@ -76,9 +81,24 @@ def block_data(
         data.target[rows] = target.to(data.target.device)
         data.indices[rows] = observation.indices[text]
         data.weights[rows] = observation.weights[text].float()
+        states = layer.walk.hidden[teacher].get(number).to(device).flatten(0, 1)[text.to(device)]
+        data.importance[rows] = states.float().square().sum(-1)
         start = rows.stop
     assert start == count
+    data.importance.copy_(importance_of(data.importance))
     return data
+
+
+def importance_of(sizes: torch.Tensor) -> torch.Tensor:
+    """Return what the squared error of each token counts, from the |h|^2 [N] of the layer's output h: 1 / |h|^2.
+
+    What comes next divides by |h|, and some tokens, the first of a text above all, have thousands of times the |h|^2 of
+    others (massive activations, Sun et al. 2024, arXiv:2402.17762): plain squares would be about little else. Scaled to
+    a mean of one; a state near zero counts as one of a ten-thousandth of the mean |h|^2.
+    """
+    sizes = sizes.clamp(min=max(1e-30, 1e-4 * float(sizes.mean())))
+    found = 1 / sizes
+    return found / found.mean()
 
 
 def wanted_of(

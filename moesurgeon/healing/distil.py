@@ -13,7 +13,6 @@ import torch
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.healing.block import Values, error_of, is_of, output_of, own_values
 from moesurgeon.healing.data import BlockData
-from moesurgeon.healing.exact import sum_of_squares
 from moesurgeon.healing.pace import Pace
 from moesurgeon.progress import Advance
 
@@ -40,7 +39,7 @@ def distilled(
     # One kernel for all: nothing of the size of the parameters comes and goes.
     optimizer = torch.optim.Adam(masters.values(), lr=pace.learning_rate, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, pace.steps))
-    scale = _mean_square(train.target)
+    scale = _mean_square(train)
     device = next(iter(masters.values())).device
     rng = np.random.default_rng(pace.seed)
     best_error, best, waited = error_of(block, frozen, heldout), dict(start), 0
@@ -68,10 +67,11 @@ def distilled(
 
 
 def loss_of(block: MoeBlock, values: Values, data: BlockData, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the mean squared error of the block with ``values`` on ``rows`` of the data."""
+    """Return the mean squared error of the block with ``values`` on ``rows`` of the data, by importance."""
     rows = rows.to(data.inputs.device)
     output = output_of(block, values, data.inputs[rows].to(device))
-    return (output.float() - data.target[rows].to(device).float()).square().mean()
+    wrong = (output.float() - data.target[rows].to(device).float()).square().mean(-1)
+    return (wrong * data.importance[rows.to(data.importance.device)].to(device)).mean()
 
 
 def rate(step: int, steps: int) -> float:
@@ -89,5 +89,9 @@ def _rounded(masters: Values, frozen: Values) -> dict[str, torch.Tensor]:
     return {name: master.to(frozen[name].dtype) for name, master in masters.items()}
 
 
-def _mean_square(target: torch.Tensor) -> float:
-    return sum(map(sum_of_squares, target.split(8192))) / target.numel()
+def _mean_square(data: BlockData) -> float:
+    total = 0.0
+    for target, importance in zip(data.target.split(8192), data.importance.split(8192), strict=True):
+        squares = target.float().square().sum(-1, dtype=torch.float64)
+        total += float((squares * importance.to(squares.device)).sum())
+    return total / data.target.numel()

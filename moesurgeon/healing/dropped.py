@@ -106,13 +106,14 @@ def explained(
 
 @torch.no_grad()
 def _by_token(block: MoeBlock, values: Values, data: BlockData) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the squared error and the target's square [N] in float64, and the experts [N, K] of the block."""
+    """Return the squared error and the target's square [N] in float64, by importance, and the experts [N, K]."""
     wrong, norm, chosen = [], [], []
-    for _rows, inputs, target in data.chunks(CHUNK, block.experts.down_proj.device):  # type: ignore[arg-type]
+    for rows, inputs, target in data.chunks(CHUNK, block.experts.down_proj.device):  # type: ignore[arg-type]
         with _choices(block) as now:
             output = output_of(block, values, inputs)
-        wrong.append((output.float() - target.float()).square().sum(-1).cpu().double())
-        norm.append(target.float().square().sum(-1).cpu().double())
+        importance = data.importance[rows].cpu().double()
+        wrong.append((output.float() - target.float()).square().sum(-1).cpu().double() * importance)
+        norm.append(target.float().square().sum(-1).cpu().double() * importance)
         chosen.append(now[0].cpu())
     return torch.cat(wrong), torch.cat(norm), torch.cat(chosen)
 

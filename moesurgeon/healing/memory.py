@@ -67,7 +67,7 @@ def healing_bytes(
             changed += sum(counts.values())
         healed += changed * size
     tokens = sum(batch.text_tokens for batch in batches)
-    row = student.anatomy.hidden * (2 * size + _FLOAT) + student.anatomy.top_k * (8 + _FLOAT)
+    row = student.anatomy.hidden * (2 * size + _FLOAT) + student.anatomy.top_k * (8 + _FLOAT) + _FLOAT
     return HealingBytes(work, tokens * row + healed) if method != "none" or merge else HealingBytes(0, 0)
 
 

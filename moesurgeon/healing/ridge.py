@@ -117,9 +117,15 @@ def chunk_tokens(high: int, wide: int) -> int:
 def _chunks(
     part: _Part, data: BlockData, rows: torch.Tensor, missing: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield what the part is fed [n, F] and what is missing [n, H], a chunk of its tokens at a time."""
+    """Yield what the part is fed [n, F] and what is missing [n, H], a chunk of its tokens at a time.
+
+    Both times the root of each token's importance, so that squares and products count by it.
+    """
+    device = part.weight.device
     for some in rows.split(chunk_tokens(*part.weight.shape)):
-        yield part.activations(data, some), missing[some.to(missing.device)].to(part.weight.device)
+        root = data.importance[some, None].sqrt().to(device)
+        fed = part.activations(data, some)
+        yield fed * root.to(fed.dtype), missing[some.to(missing.device)].to(device) * root
 
 
 def _ridged(part: _Part, train: Chunks, heldout: Chunks, rank: int | None) -> torch.Tensor | None:

@@ -182,6 +182,8 @@ def products_of(block: MoeBlock, values: Values, data: BlockData, name: str) -> 
         weights = torch.zeros(len(inputs), experts, device=inputs.device)
         weights.scatter_add_(-1, data.indices[rows].to(inputs.device), data.weights[rows].to(weights))
         wanted = missing + torch.einsum("ne,neh->nh", weights, outputs)
+        root = data.importance[rows].sqrt().to(inputs.device)  # so that errors count by importance
+        wanted, outputs = wanted * root[:, None], outputs * root[:, None, None]
         found.append(
             Products(
                 inputs.float(),

@@ -19,7 +19,7 @@ from moesurgeon.engine.routing import routing_of
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Layer
 from moesurgeon.errors import OutputError
-from moesurgeon.healing.data import refuse_strange, wanted_of
+from moesurgeon.healing.data import importance_of, refuse_strange, wanted_of
 from moesurgeon.profiling.collector import follows_rule
 from moesurgeon.profiling.sample import Rows
 
@@ -46,18 +46,14 @@ def take_sample(
     teacher: Stream | None,
     batches: Sequence[int],
     rows: Sequence[Rows],
-    *,
-    relative: bool = True,
 ) -> Sample:
     """Take ``stream`` through a mixture layer with ``batches`` and return these ``rows`` of each, as a sample.
 
-    ``teacher`` (None: the stream itself) has moved on already. ``relative``: a token weighs 1 / |h|^2, h [H] being what
-    the layer makes of it; else 1. What comes next divides by |h|, and some tokens have a hundred times the |h|^2 of
-    others. Raises CheckpointError for states that are not finite,
-    OutputError for a block that is not what it is taken for.
+    ``teacher`` (None: the stream itself) has moved on already. A token weighs what it does in healing
+    (``healing.data.importance_of``). Raises CheckpointError for states that are not finite, OutputError for a block
+    that is not what it is taken for.
     """
     parts: list[tuple[torch.Tensor, ...]] = []
-    square = 0.0
     for number, mine in zip(batches, rows, strict=True):
         seen: list[Observation] = []
 
@@ -71,13 +67,15 @@ def take_sample(
         if not parts:
             _refuse_other_rule(stream, observation)
         beside = observation.result[at].float() - observation.output[at].float()
-        sizes = output.flatten(0, 1)[at].float().square().sum(-1)
-        weights = 1 / sizes.clamp(min=1e-30) if relative else torch.ones_like(sizes)
-        parts.append((observation.inputs[at], target - beside, observation.logits[at].float(), weights))
-        square += float((target.square().sum(-1) * weights).sum(dtype=torch.float64))
+        states = output if teacher is None else layer.walk.hidden[teacher].get(number).to(output.device)
+        sizes = states.flatten(0, 1)[at].float().square().sum(-1)
+        parts.append(
+            (observation.inputs[at], target - beside, observation.logits[at].float(), target.square().sum(-1), sizes)
+        )
         layer.walk.hidden[stream].put(number, output, layer=layer.number)
-    inputs, wanted, logits, weights = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Sample(inputs, wanted, logits, weights, square)
+    inputs, wanted, logits, squares, sizes = (torch.cat(part) for part in zip(*parts, strict=True))
+    weights = importance_of(sizes)
+    return Sample(inputs, wanted, logits, weights, float((squares * weights).sum(dtype=torch.float64)))
 
 
 def _refuse_other_rule(stream: Stream, seen: Observation) -> None:

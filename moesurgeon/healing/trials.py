@@ -34,8 +34,8 @@ _Fed = tuple[torch.Tensor | None, torch.Tensor]
 
 @dataclass(frozen=True)
 class Left:
-    """Squared errors of a subset on held-out tokens, as shares of |z|^2 (each token with its weight in the sample): of
-    the cut alone, and after the refit, which itself knows no such weights."""
+    """Squared errors of a subset on held-out tokens, as shares of |z|^2, each token with its weight in the sample: of
+    the cut alone, and after the refit."""
 
     bare: float
     healed: float
@@ -92,6 +92,8 @@ class Trials:
         self._experts = experts
         self._routing, self._top_k, self._lambdas, self._sweeps = routing, top_k, lambdas, sweeps
         self._sets = (train, held)
+        # All squares and products count by the tokens' weights: what a map is fed and what is missing are times these.
+        self._roots = [each.weights.sqrt() for each in self._sets]
         self._bias = selection_bias(block)
         self._scale = 1 / held.square if held.square else float("nan")
         count, self._wide = experts.down_proj.shape[0], experts.down_proj.shape[-1]
@@ -103,14 +105,17 @@ class Trials:
         )
         self._shared: tuple[list[torch.Tensor], _Normal] | None = None
         if (shared := shared_experts(block)) is not None:
-            fed = [_shared_activations(block, shared[1], each.inputs) for each in self._sets]
+            fed = [
+                _shared_activations(block, shared[1], each.inputs) * root[:, None]
+                for each, root in zip(self._sets, self._roots, strict=True)
+            ]
             self._shared = fed, _Normal.of(fed, lambdas, keep=normal_bytes(1, fed[0].shape[1], lambdas) <= cache)
 
     @torch.no_grad()
     def __call__(self, kept: Collection[int]) -> Left:
         """Return what keeping only the experts ``kept`` leaves."""
-        routed = [self._routed(each, kept) for each in self._sets]
-        missing = [each.wanted.clone() for each in self._sets]
+        routed = [self._routed(each, root, kept) for each, root in zip(self._sets, self._roots, strict=True)]
+        missing = [each.wanted * root[:, None] for each, root in zip(self._sets, self._roots, strict=True)]
         for expert in sorted(kept):
             weight = self._experts.down_proj[expert].float()
             for number, given in enumerate(routed):
@@ -133,11 +138,12 @@ class Trials:
         return Left(bare, self._error(missing[1]))
 
     def _error(self, missing: torch.Tensor) -> float:
-        errors = missing.square().sum(-1) * self._sets[1].weights
-        return float(errors.sum(dtype=torch.float64)) * self._scale
+        return float(missing.square().sum(dtype=torch.float64)) * self._scale
 
-    def _routed(self, sample: Sample, kept: Collection[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Return by expert the tokens that it is given and their weights [n]."""
+    def _routed(
+        self, sample: Sample, root: torch.Tensor, kept: Collection[int]
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Return by expert the tokens that it is given, and its weights there times ``root`` [n]."""
         mask = torch.full_like(sample.logits[0], -torch.inf)
         mask[sorted(kept)] = 0
         scores = self._routing.scores(sample.logits + mask)
@@ -147,7 +153,8 @@ class Trials:
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=len(mask)).tolist()
-        tokens, weights = order // self._top_k, weights[order]
+        tokens = order // self._top_k
+        weights = weights[order] * root[tokens]
         return dict(enumerate(zip(tokens.split(counts), weights.split(counts), strict=True)))
 
     def _fed(

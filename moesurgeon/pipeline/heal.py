@@ -99,12 +99,10 @@ class Healer:
         *,
         starts: Starts,
         fixed: Fixed | None = None,
-        relative: bool = True,
     ) -> dict[int, LayerChoice]:
         """Return by layer which ``count`` experts of what ``plan`` makes (None: of the checkpoint) leave least.
 
-        Least after the refit, on this text. ``starts`` and ``fixed`` are in the numbering of the plan's result, and
-        ``relative`` is as in ``pipeline.healed_choice``.
+        Least after the refit, on this text. ``starts`` and ``fixed`` are in the numbering of the plan's result.
         """
         changes = plan is not None and not plan.changes_nothing
         stream = Stream(self._student_source, Overlay(plan=plan) if changes else None)
@@ -121,7 +119,6 @@ class Healer:
             teacher=teacher,
             fixed=fixed,
             starts=starts,
-            relative=relative,
             progress=self._progress,
         )
 

@@ -120,7 +120,6 @@ def choose_healed(
     fixed: Fixed | None = None,
     starts: Starts | None = None,
     few: int = FEW,
-    relative: bool = True,
     progress: Progress = SILENT,
 ) -> dict[int, LayerChoice]:
     """Take ``stream`` through its mixture layers and return by layer which ``count`` experts are best to keep.
@@ -129,7 +128,7 @@ def choose_healed(
     one refit, of ``heldout_tokens`` of the other judge. ``teacher``: what a layer should give, where that is not what
     the stream itself gives; it walks beside it. ``fixed``: by layer, experts that stay in any case. No choice of
     ``starts`` leaves less. Of routing groups each keeps as many. Up to ``few`` subsets are all refitted.
-    ``relative``: errors count by the size of the hidden state that they are in (``healing.sample``).
+    Errors count by the size of the hidden state that they are in, as in healing.
     """
     layers = stream.anatomy.moe_layers
     rows = [
@@ -147,7 +146,7 @@ def choose_healed(
                     layer.move(stream, number)
                 continue
             samples = [
-                take_sample(layer, stream, teacher, numbers, mine, relative=relative)
+                take_sample(layer, stream, teacher, numbers, mine)
                 for numbers, mine in zip((learn, held), rows, strict=True)
             ]
             found[layer.number] = _best_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,4 +104,4 @@ def stopped(subject: Subject, plan: EditPlan, *, which: int = 0, placement: Plac
 
 
 def with_target(data: BlockData, target: torch.Tensor) -> BlockData:
-    return BlockData(data.inputs, target, data.indices, data.weights)
+    return replace(data, target=target)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moesurgeon.errors import CheckpointError, OutputError
-from moesurgeon.healing.data import block_data
+from moesurgeon.healing.data import block_data, importance_of
 from moesurgeon.healing.room import Room
 from moesurgeon.pipeline.subject import open_subject
 from tests.families.conftest import Stock
@@ -50,6 +50,18 @@ def test_a_residual_multiplier_is_divided_out(tmp_path: Path) -> None:
     subject = open_subject(str(save_checkpoint(tmp_path / "granite", "granitemoe", residual_multiplier=0.3)))
     with stopped(subject, cut(subject), which=1) as stop:
         _arrives(stop)
+
+
+def test_a_token_counts_by_the_size_of_its_state(stock: Stock) -> None:
+    """1 / |h|^2 of the teacher's state after the layer; a state near zero does not count for everything."""
+    subject = open_subject(str(stock("mixtral")))
+    with stopped(subject, cut(subject), which=1) as stop:
+        states = [stop.layer.walk.hidden[stop.teacher].get(number)[batch.is_text] for number, batch in enumerate(LEARN)]
+        expected = 1 / torch.cat(states).double().square().sum(-1)
+        torch.testing.assert_close(stop.train.importance.double(), expected / expected.mean(), rtol=1e-4, atol=0)
+    found = importance_of(torch.tensor([0.0, 1.0, 1.0, 98.0]))
+    assert found.mean() == pytest.approx(1) and found[0] / found[1] == pytest.approx(400)
+    assert torch.isfinite(importance_of(torch.zeros(3))).all()
 
 
 def test_padding_is_no_data(stock: Stock) -> None:

@@ -47,7 +47,8 @@ def test_output_and_gradient_are_the_stock_block_s(name: str, router: bool, stoc
             else:
                 result = functional_call(stop.block.module, values, (stop.train.inputs[rows][None],))
                 result = result[0] if isinstance(result, tuple) else result
-                loss = (result[0] - stop.train.target[rows]).square().mean()
+                wrong = (result[0] - stop.train.target[rows]).square().mean(-1)
+                loss = (wrong * stop.train.importance[rows]).mean()
             loss.backward()
             found[kind] = loss, masters
         torch.testing.assert_close(found["ours"][0], found["stock"][0], rtol=1e-5, atol=0)
@@ -144,7 +145,7 @@ def test_masters_are_float32_whatever_computes(tmp_path: Path, monkeypatch: pyte
 def test_an_expert_without_tokens_stays(stock: Stock) -> None:
     subject = open_subject(str(stock("mixtral")))
     with stopped(subject, cut(subject, top_k=1)) as stop:
-        few = replace(stop.train, inputs=stop.train.inputs[:1], target=stop.train.target[:1])
+        few = replace(stop.train, **{name: each[:1] for name, each in vars(stop.train).items()})
         alone = int(stop.train.indices[0, 0])
         best, _error = distilled(stop.block, {}, few, few, SHORT, _nothing)
         own = own_values(stop.block)

@@ -77,9 +77,10 @@ def test_errors_and_goals_token_by_token(stock: Stock) -> None:
         for each in found:
             mine = [t for t in range(len(data)) if each["expert"] in given[t].tolist()]
             assert each["tokens"] == len(mine) > 0
-            norm = sum(float(data.target[t].double().square().sum()) for t in mine)
+            counts_for = data.importance.double()
+            norm = sum(float(data.target[t].double().square().sum() * counts_for[t]) for t in mine)
             for output, key in zip(outputs, ("error_before", "error_after"), strict=True):
-                wrong = sum(float((output[t] - data.target[t].double()).square().sum()) for t in mine)
+                wrong = sum(float((output[t] - data.target[t].double()).square().sum() * counts_for[t]) for t in mine)
                 assert each[key] == pytest.approx(wrong / norm, rel=1e-5)
             counts = {numbers[e]: sum(int(data.indices[t, 0]) == e for t in mine) / len(mine) for e in range(6)}
             assert sum(one["share"] for one in each["now"]) == pytest.approx(sum(sorted(counts.values())[-4:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,13 @@ def _reference(stop: Stop, name: str, method: str, sweeps: int) -> tuple[list[to
         for tokens, fed, weight in parts:
             output[tokens] += fed @ weight.T
         missing.append(data.target.double() - output)
+    # Squares count by importance: of what is fed and of what is missing its root.
+    roots = [data.importance.double().sqrt()[:, None] for data in (stop.train, stop.heldout)]
+    missing = [each * root for each, root in zip(missing, roots, strict=True)]
+    sets = [
+        [(tokens, fed * root[tokens], weight) for tokens, fed, weight in parts]
+        for parts, root in zip(sets, roots, strict=True)
+    ]
     weights, errors = [weight for _tokens, _fed, weight in sets[0]], []
     for _sweep in range(sweeps):
         for part in range(len(weights)):
@@ -98,7 +106,7 @@ def test_what_the_parts_bring_is_what_the_block_gives(name: str, stock: Stock) -
     with stopped(subject, cut(subject), which=1) as stop:
         found = refitted(stop.block, stop.train, stop.heldout)
         _weights, errors = _reference(stop, name, "ridge", 2)
-        norm = float(stop.train.target.double().square().sum())
+        norm = float((stop.train.target.double().square().sum(-1) * stop.train.importance).sum())
         after = error_of(stop.block, own_values(stop.block) | found, stop.train)
         assert after == pytest.approx(errors[-1] / norm, rel=1e-4)
 
@@ -136,7 +144,7 @@ def test_an_expert_without_tokens_stays(without: str, stock: Stock) -> None:
         sets = {"train": stop.train, "heldout": stop.heldout}
         data = sets[without]
         others = torch.where(data.indices == 3, 4, data.indices)
-        sets[without] = BlockData(data.inputs, data.target, others, data.weights)
+        sets[without] = replace(data, indices=others)
         (down,) = refitted(stop.block, **sets).values()
         before: Any = stop.block.experts.down_proj
         assert torch.equal(down[3], before[3]) and not torch.equal(down[5], before[5])

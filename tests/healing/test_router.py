@@ -136,7 +136,7 @@ def _relative(stop: Stop, values: dict[str, torch.Tensor]) -> float:
     assert name is not None
     gate = Gate(routing_of(stop.student.anatomy), stop.heldout.indices.shape[-1], selection_bias(stop.block))
     products = products_of(stop.block, values, stop.heldout, name)
-    norm = float(stop.heldout.target.double().square().sum())
+    norm = float((stop.heldout.target.double().square().sum(-1) * stop.heldout.importance).sum())
     return hard_error(values[name].float(), products, gate) * len(stop.heldout) / norm
 
 
@@ -158,7 +158,7 @@ def test_the_error_is_the_block_s_own(name: str, top_k: int | None, stock: Stock
         products = products_of(stop.block, better, stop.heldout, weight)
         gate = Gate(routing_of(stop.student.anatomy), stop.heldout.indices.shape[-1], selection_bias(stop.block))
         found = hard_error(other[weight].float(), products, gate) * len(stop.heldout)
-        norm = float(stop.heldout.target.double().square().sum())
+        norm = float((stop.heldout.target.double().square().sum(-1) * stop.heldout.importance).sum())
         assert found / norm == pytest.approx(error_of(stop.block, other, stop.heldout), rel=2e-3)
 
 

@@ -16,7 +16,7 @@ from moesurgeon.engine.routing import routing_of
 from moesurgeon.engine.streams import Overlay, Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import CheckpointError
-from moesurgeon.healing.block import error_of, output_of, own_values
+from moesurgeon.healing.block import error_of, own_values
 from moesurgeon.healing.bound import bare_errors, inner_of
 from moesurgeon.healing.memory import trial_bytes
 from moesurgeon.healing.ridge import refitted
@@ -44,7 +44,7 @@ def _every(batches: Sequence[Batch]) -> list[Rows]:
 
 @contextmanager
 def _sampled(
-    subject: Subject, *, which: int = 0, plan: EditPlan | None = None, relative: bool = False
+    subject: Subject, *, which: int = 0, plan: EditPlan | None = None
 ) -> Iterator[tuple[Stream, int, Sample, Sample]]:
     """Walk to mixture layer number ``which`` and give the stream, the layer and all of its tokens.
 
@@ -61,10 +61,7 @@ def _sampled(
                 for number in range(len(walk.batches)):
                     layer.move(teacher, number)
             if layer.number == subject.anatomy.moe_layers[which]:
-                train, held = (
-                    take_sample(layer, stream, teacher, numbers, _every(each), relative=relative)
-                    for numbers, each in sets
-                )
+                train, held = (take_sample(layer, stream, teacher, numbers, _every(each)) for numbers, each in sets)
                 yield stream, layer.number, train, held
                 return
             for number in range(len(walk.batches)):
@@ -122,31 +119,6 @@ def test_the_bound_is_the_error_of_the_cut(name: str, stock: Stock) -> None:
         assert np.isnan(errors(kept)).tolist() == [True] + [False] * (len(subsets) - 1)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek"])
-def test_relative_errors_weigh_tokens_by_their_states(name: str, stock: Stock) -> None:
-    """The refit is the same, only the sum over tokens is another; the cheap measure follows."""
-    subject = open_subject(str(stock(name)))
-    kept = SUBSETS[1][0]
-    with _sampled(subject, relative=True) as sampled, stopped(subject, _cut(subject, kept)) as stop:
-        stream, layer, _train, held = sampled
-        states = []
-        for number in range(len(LEARN), len(LEARN) + len(HELD)):
-            after = stop.layer.walk.hidden[stop.teacher].get(number)
-            states.append(after[stop.layer.walk.batches[number].is_text])
-        weights = 1 / torch.cat(states).double().square().sum(-1)
-        own = own_values(stop.block)
-        found = _trials(*sampled)(kept)
-        for mine, values in ((found.bare, own), (found.healed, own | refitted(stop.block, stop.train, stop.heldout))):
-            wrong = stop.heldout.target.double() - output_of(stop.block, values, stop.heldout.inputs).double()
-            expected = (weights * wrong.square().sum(-1)).sum()
-            expected /= (weights * stop.heldout.target.double().square().sum(-1)).sum()
-            assert mine == pytest.approx(float(expected), rel=2e-3)
-        routing, top_k = routing_of(stream.anatomy), stream.anatomy.top_k
-        bound = bare_errors(inner_of(stream.blocks[layer], routing, top_k, held), routing, top_k)
-        (error,) = bound(np.array([[expert in kept for expert in range(8)]]))
-        assert error * len(held) / held.square == pytest.approx(found.bare, rel=1e-4)
-
-
 def test_a_teacher_sets_the_target(stock: Stock) -> None:
     """What was cut before is part of what is missing, as it is for healing."""
     subject = open_subject(str(stock("granitemoe")))
@@ -168,7 +140,6 @@ def _chosen(
     fixed: dict[int, frozenset[int]] | None = None,
     starts: Starts | None = None,
     few: int = 64,
-    relative: bool = False,
     folder: Path | None = None,
 ) -> dict[int, LayerChoice]:
     stream = Stream(source_of(subject))
@@ -176,7 +147,7 @@ def _chosen(
         stream.source.supply.allow(stream.source.supply.least)
     walk = Walk([stream], [*LEARN, *HELD], folder)
     learn, held = range(len(LEARN)), range(len(LEARN), len(walk.batches))
-    return choose_healed(walk, stream, learn, held, count, fixed=fixed, starts=starts, few=few, relative=relative)
+    return choose_healed(walk, stream, learn, held, count, fixed=fixed, starts=starts, few=few)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +191,7 @@ def test_a_search_finds_what_all_trials_find(name: str, stock: Stock) -> None:
 
 def test_with_layers_read_one_by_one_the_same_is_chosen(stock: Stock, tmp_path: Path) -> None:
     subject = open_subject(str(stock("deepseek")))
-    assert _chosen(subject, 7, folder=tmp_path, relative=True) == _chosen(subject, 7, relative=True)
+    assert _chosen(subject, 7, folder=tmp_path) == _chosen(subject, 7)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

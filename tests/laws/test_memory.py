@@ -99,7 +99,7 @@ block = MoeBlock(0, "block", module, module, module.experts, None, "")
 def data():
     x = torch.randn(tokens, high)
     first = torch.zeros(tokens, 1, dtype=torch.long)
-    return BlockData(x, torch.randn(tokens, high), first, torch.ones(tokens, 1))
+    return BlockData(x, torch.randn(tokens, high), first, torch.ones(tokens, 1), torch.ones(tokens))
 def status(name):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))

@@ -75,7 +75,7 @@ def test_chosen_healed_and_recorded(tiny_mixtral: Subject, taken: dict[str, Path
 def test_what_is_left_is_what_healing_finds(tiny_mixtral: Subject) -> None:
     """Of the first layer, before which nothing is cut: the same text, the same refit."""
     with healer(tiny_mixtral, RIDGE, RUNNING, SILENT, like=_any(tiny_mixtral), choosing=True) as opened:
-        found = opened.choose(None, 7, starts={}, relative=False)
+        found = opened.choose(None, 7, starts={})
         kept = {layer: each.kept for layer, each in found.items()}
         _plan, report, _judged = opened.heal(plan_prune(tiny_mixtral.anatomy, kept))
     chosen, healed = found[0].left, report["layers"][0]
@@ -121,8 +121,8 @@ def test_a_state_that_is_not_written_can_be_cut_further(
         better, _report, _judged = opened.heal(first)
         starts = {layer: {"given": (0, 1, 2, 3, 4, 5)} for layer in anatomy.moe_layers}
         fixed = {anatomy.moe_layers[0]: frozenset({1, 6})}
-        found = opened.choose(better, 6, starts=starts, fixed=fixed, relative=False)
-        bare = opened.choose(first, 6, starts=starts, relative=False)
+        found = opened.choose(better, 6, starts=starts, fixed=fixed)
+        bare = opened.choose(first, 6, starts=starts)
     for layer, each in found.items():
         assert each.refitted == (5 if layer in fixed else 7) and each.exact and len(each.kept) == 6
         assert fixed.get(layer, frozenset()) <= set(each.kept) <= set(range(7))
