@@ -191,13 +191,13 @@ def choose_by(
         spared = None if claims is None else claims.protected
         evidence["candidates"] = candidates(statistics, spec.below, anatomy.groups[0], spared)
     found: Stability | None
-    if criterion == HEALED and count is not None and count < anatomy.experts:
+    if criterion == HEALED and count is not None:
         # Any experts will do until then.
         by = "frequency" if statistics.counts_only else "reap"
         kept = choose(scores_of(statistics, by), fixed=fixed)
         if spec.wants_curve:
             evidence |= _curve(anatomy, spec, profile, progress, fixed)[0]
-        unsettled = Unsettled(count, profile, fixed, claims)
+        unsettled = Unsettled(count, profile, fixed, claims) if count < anatomy.experts else None
         return Choice(kept, _record(spec, profile, criterion), evidence, unsettled=unsettled)
     if criterion == "reconstruction":
         from moesurgeon.pipeline.subsets import reconstruct
