@@ -64,11 +64,11 @@ def errors_by_top_k(
     for start in range(0, len(rows), step):
         sums += _sums(layer, routings, rows[start : start + step], weights)
     cross, both = sums
-    # A layer that gives nothing cannot be got wrong by a share.
-    size = float(weights[rows] @ layer.output[rows].astype(np.float64)) or 1.0
+    size = float(weights[rows] @ layer.output[rows].astype(np.float64))
     scales = np.divide(cross, both, out=np.ones(top_k), where=both > 0)
-    errors = (size - 2 * cross + both) / size
-    return TopKErrors(rounded(errors), rounded((size - 2 * scales * cross + scales**2 * both) / size), scales)
+    errors, scaled = size - 2 * cross + both, size - 2 * scales * cross + scales**2 * both
+    # A layer that gives nothing cannot be got wrong by a share.
+    return TopKErrors(rounded(errors / (size or 1.0)), rounded(scaled / (size or 1.0)), scales)
 
 
 def _sums(layer: InnerLayer, routings: list[Routing], rows: NDArray[np.int64], weights: Array) -> Array:
