@@ -245,7 +245,7 @@ def test_impossible_recipe_does_not_touch_an_earlier_run(recipe: Path, out: Path
 @pytest.mark.usefixtures("cheap")
 def test_healing_has_the_recipe_s_text_and_teacher(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[HealSpec] = []
-    monkeypatch.setattr(module, "retop", lambda *_given, heal, running: seen.append(heal) or {})
+    monkeypatch.setattr(module, "retop", lambda *_given, heal, **_others: seen.append(heal) or {})
     monkeypatch.setattr(module, "prune", lambda _source, spec, *_given: seen.append(spec.heal) or {})
     path = tmp_path / "recipe.yaml"
     path.write_text(
