@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moesurgeon.cli import options
+from moesurgeon.cli.foreseen import show_foreseen
 from moesurgeon.cli.healed import heal_spec, show_healing
 from moesurgeon.cli.output import Report, amount, answer
 from moesurgeon.cli.sizes import bytes_of
@@ -20,6 +22,30 @@ def command(
     source: options.Source,
     output: options.Output,
     top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 1,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="A profile of this checkpoint: says beforehand where routing would collapse."),
+    ] = None,
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer",
+            help="Say what every number of experts per token costs each layer, and which would rather keep more (needs "
+            "a --profile with --inner).",
+        ),
+    ] = False,
+    per_layer_average: Annotated[
+        float | None,
+        typer.Option(
+            metavar="K",
+            help="Divide so many experts per token on average among the layers, as 1.5, for the least error; the "
+            "checkpoint itself gets --top-k everywhere.",
+        ),
+    ] = None,
+    per_layer_out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help='Write that as JSON, {"top_k": {"LAYER": k}}, for runtimes that can.'),
+    ] = None,
     calibrate: Annotated[
         list[str],
         typer.Option(
@@ -47,6 +73,7 @@ def command(
     """Route every token to fewer experts: a config edit, the weights are copied or linked."""
 
     def work(progress: Progress) -> Report:
+        from moesurgeon.pipeline.foresight import Foresight
         from moesurgeon.pipeline.options import Running, Writing
         from moesurgeon.pipeline.retop import retop
         from moesurgeon.surgery.retop import RetopSpec
@@ -70,7 +97,16 @@ def command(
             rank=heal_rank,
             teacher=heal_teacher,
         )
-        return retop(source, RetopSpec(top_k=top_k), writing, progress, heal=healing, running=running)
+        foresight = Foresight(profile=profile, per_layer=per_layer, average=per_layer_average, out=per_layer_out)
+        return retop(
+            source,
+            RetopSpec(top_k=top_k),
+            writing,
+            progress,
+            foresight=foresight,
+            heal=healing,
+            running=running,
+        )
 
     answer(json, work, _show)
 
@@ -80,5 +116,6 @@ def _show(report: Report) -> None:
     print(f"top-{report['top_k']['before']} -> top-{report['top_k']['after']}")
     print(f"  {report['output_scale']}")
     print(f"  FLOPs per token: {amount(flops['before'])} -> {amount(flops['after'])}")
+    show_foreseen(report)
     show_healing(report)
     show_written(report)

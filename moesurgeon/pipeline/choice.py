@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesurgeon.errors import InputError, NothingToDo, ProfileError, UsageError
+from moesurgeon.errors import InputError, NothingToDo, UsageError
 from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.keep_file import read_kept
 from moesurgeon.pipeline.options import HealSpec
+from moesurgeon.pipeline.profile_match import check_profile
 from moesurgeon.pipeline.spreading import spread_choice
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.weighing import weigh
@@ -146,7 +147,7 @@ def choose(subject: Subject, spec: PruneSpec, progress: Progress = SILENT, *, dr
         if count is not None:
             check_count(subject.anatomy, count)
     profile = load_profile(spec.profile)
-    _check_profile(profile, subject, spec.profile)
+    check_profile(profile, subject, spec.profile)
     if only_curve:
         everyone = dict.fromkeys(subject.anatomy.moe_layers, tuple(range(subject.anatomy.experts)))
         evidence, warnings = _curve(subject.anatomy, spec, profile, progress, {})
@@ -301,15 +302,3 @@ def _least(anatomy: Anatomy) -> int:
         return True
 
     return next(count for count in range(1, anatomy.experts + 1) if runs(count))
-
-
-def _check_profile(profile: Profile, subject: Subject, path: Path) -> None:
-    statistics, anatomy = profile.statistics, subject.anatomy
-    if profile.origin.fingerprint == subject.fingerprint:
-        return
-    if (statistics.layers, statistics.experts) != (anatomy.moe_layers, anatomy.experts):
-        raise ProfileError(
-            f"{path} counts {statistics.experts} experts in layers {list(statistics.layers)}, {subject.name} has "
-            f"{anatomy.experts} in {list(anatomy.moe_layers)}; profile {subject.name} itself"
-        )
-    raise ProfileError(f"{path} was taken from another checkpoint than {subject.name}; profile {subject.name} itself")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from moesurgeon.families.keys import value_at
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.runtime.cost import count_flops, count_parameters
 from moesurgeon.surgery.anatomy import Anatomy
@@ -53,6 +54,17 @@ def inspect(name: str) -> dict[str, Any]:
 
 def output_scale(anatomy: Anatomy, top_k: int) -> str:
     """Say in a sentence what fewer experts per token do to the size of the block's output."""
-    if anatomy.family.router.renormalises(anatomy.config, top_k):
-        return "the gate renormalises: the weights of the remaining experts still add up to one"
+    rule = anatomy.family.router
+    if rule.renormalises(anatomy.config, top_k):
+        scale = value_at(anatomy.config, rule.scale_key)
+        total = float(rule.scale_default if scale is None else scale)
+        return (
+            "the gate renormalises: the weights of the remaining experts still add up to "
+            f"{'one' if total == 1 else f'{total:g}'}"
+        )
+    if anatomy.renormalises:
+        return (
+            "the gate renormalises several choices, but leaves the weight of a single one as it is: the routed output "
+            "shrinks to the share of the best expert"
+        )
     return "the gate does not renormalise: the routed output shrinks with every expert that is left out"

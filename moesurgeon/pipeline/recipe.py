@@ -43,11 +43,15 @@ class RecoverStep(BaseModel):
 
 
 class RetopStep(BaseModel):
-    """``retop``, healed if ``heal`` says how."""
+    """``retop``, healed if ``heal`` says how.
+
+    ``profile``: says beforehand where routing would collapse (None: that of the step before, if it was a profile).
+    """
 
     model_config = _STRICT
 
     top_k: Annotated[int, Field(ge=1)] = RetopSpec().top_k
+    profile: Path | None = None
     heal: HealSpec | None = None
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moesurgeon.checkpoint.open import CONFIG_NAME
+from moesurgeon.pipeline.foresight import Foresight, foresee, refuse_unforeseeable, write_divided
 from moesurgeon.pipeline.inspect import output_scale
 from moesurgeon.pipeline.options import HealSpec, Running, Writing
 from moesurgeon.pipeline.subject import open_subject
@@ -20,17 +21,32 @@ def retop(
     writing: Writing,
     progress: Progress = SILENT,
     *,
+    foresight: Foresight | None = None,
     heal: HealSpec | None = None,
     running: Running | None = None,
 ) -> dict[str, Any]:
-    """Write ``source`` with ``spec.top_k`` experts per token, healed if ``heal`` says how."""
-    subject = open_subject(source)
+    """Write ``source`` with ``spec.top_k`` experts per token, healed if ``heal`` says how.
+
+    Before that ``foresight`` says what a profile tells of it: collapse, errors by layer.
+    """
+    subject, asked = open_subject(source), foresight or Foresight()
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     plan = plan_retop(subject.anatomy, spec)
     after = plan.result(subject.anatomy)
-    return {
+    refuse_unforeseeable(asked, subject, writing)
+    foreseen = foresee(subject, spec.top_k, asked, progress)
+    for warning in foreseen["warnings"]:  # before the work, so that it can be stopped
+        progress.note(f"note: {warning}")
+    report = {
         "top_k": {"before": subject.anatomy.top_k, "after": spec.top_k},
+        "renormalises": {"before": subject.anatomy.renormalises, "after": after.renormalises},
         "output_scale": output_scale(subject.anatomy, spec.top_k),
         "flops_per_token": {"before": count_flops(subject.anatomy).total, "after": count_flops(after).total},
+        **foreseen,
         **finish_healed(plan, subject, heal, running or Running(), writing, progress),
     }
+    if asked.out is not None:
+        report["per_layer_out"] = str(asked.out)
+        if not writing.dry_run:
+            write_divided(asked.out, foreseen["divided"])
+    return report

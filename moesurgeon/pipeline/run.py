@@ -17,6 +17,7 @@ from typing import Any
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.bare import bare_figures
 from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate
+from moesurgeon.pipeline.foresight import Foresight
 from moesurgeon.pipeline.inspect import inspect
 from moesurgeon.pipeline.journal import NAME as JOURNAL
 from moesurgeon.pipeline.journal import append, write_whole
@@ -99,7 +100,16 @@ def _write(
     """Do one step that writes a checkpoint."""
     heal = healing_of(recipe, step.heal) if step.heal else None
     if step.retop:
-        return retop(current, step.retop.spec, Writing(output=target), progress, heal=heal, running=recipe.running)
+        foresight = Foresight(profile=step.retop.profile or taken)
+        return retop(
+            current,
+            step.retop.spec,
+            Writing(output=target),
+            progress,
+            foresight=foresight,
+            heal=heal,
+            running=recipe.running,
+        )
     if step.prune:
         spec = step.prune if step.prune.profile or step.prune.keep_experts else replace(step.prune, profile=taken)
         return prune(current, replace(spec, heal=heal), Writing(output=target), progress, recipe.running)

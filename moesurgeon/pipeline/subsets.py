@@ -50,8 +50,8 @@ def reconstruct(
 
     Raises ProfileError if ``profile`` has no inner products.
     """
-    inner, statistics, groups = _inner(profile), profile.weighted, anatomy.groups[0]
-    weights = _weights(profile, inner)
+    inner, statistics, groups = inner_of(profile), profile.weighted, anatomy.groups[0]
+    weights = token_weights(profile, inner)
     kept: dict[int, tuple[int, ...]] = {}
     of_halves: list[dict[int, tuple[int, ...]]] = [{}, {}]
     layers: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def reconstruct(
     return Reconstruction(
         kept,
         {"reconstruction": {"tokens": tokens, "layers": layers}},
-        [*_few(tokens, anatomy.experts), *_uncovered(layers)] if count < anatomy.experts else [],
+        [*few_tokens(tokens, anatomy.experts), *_uncovered(layers)] if count < anatomy.experts else [],
         stability,
     )
 
@@ -87,8 +87,8 @@ def curves(
 
     Raises ProfileError if ``profile`` has no inner products.
     """
-    inner, groups = _inner(profile), anatomy.groups[0]
-    weights = _weights(profile, inner)
+    inner, groups = inner_of(profile), anatomy.groups[0]
+    weights = token_weights(profile, inner)
     found: dict[str, Any] = {}
     covered: dict[str, int] = {}
     for layer in _shown(inner, "curves", progress):
@@ -100,7 +100,7 @@ def curves(
             if share < _COVERED:
                 covered[str(layer)] = point["experts"]
                 break
-    warnings = _few(int(np.count_nonzero(weights)), anatomy.experts)
+    warnings = few_tokens(int(np.count_nonzero(weights)), anatomy.experts)
     if covered:
         first = max(covered, key=covered.__getitem__)
         warnings.append(
@@ -158,17 +158,17 @@ class _Remembered:
         return self.errors.without_each(kept)
 
 
-def _inner(profile: Profile) -> Inner:
+def inner_of(profile: Profile) -> Inner:
     if profile.inner is None:
         enough = max(1024, _PER_EXPERT * profile.statistics.experts)
         raise ProfileError(
-            "the profile has no inner products, from which the error of a subset follows: make it again with "
+            "the profile has no inner products, from which the error of a layer follows: make it again with "
             f"moesurgeon profile --inner {enough}"
         )
     return profile.inner
 
 
-def _weights(profile: Profile, inner: Inner) -> Array:
+def token_weights(profile: Profile, inner: Inner) -> Array:
     """Return what each sampled token counts [N]: the weight of its domain."""
     by_domain = np.array([profile.origin.weights.get(name, 1.0) for name in profile.statistics.domains])
     weights: Array = by_domain[inner.domain]
@@ -189,11 +189,11 @@ def _shown(inner: Inner, what: str, progress: Progress) -> Iterator[int]:
             advance(1)
 
 
-def _few(tokens: int, experts: int) -> list[str]:
+def few_tokens(tokens: int, experts: int) -> list[str]:
     if tokens >= _PER_EXPERT * experts:
         return []
     return [
-        f"errors of subsets rest on {tokens} tokens, fewer than {_PER_EXPERT} for each of {experts} experts: "
+        f"errors of layers rest on {tokens} tokens, fewer than {_PER_EXPERT} for each of {experts} experts: "
         f"profile with --inner {_PER_EXPERT * experts} or more, on as much text"
     ]
 

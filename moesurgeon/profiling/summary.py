@@ -78,7 +78,7 @@ def _layer(statistics: Statistics, row: int, tokens: float) -> dict[str, Any]:
         "never_routed": np.flatnonzero(counts == 0).tolist(),
         "low_support": np.flatnonzero((counts > 0) & (counts < SUPPORT)).tolist(),
         "niches": niches_of(statistics, row),
-        "overflow": _overflow(statistics, row),
+        "overflow": overflow_of(statistics, row),
     }
     return {name: figures[name] for name in figures if not (statistics.counts_only and name in _MEASURED)}
 
@@ -103,7 +103,7 @@ def niches_of(statistics: Statistics, row: int) -> list[dict[str, Any]]:
     return sorted(found, key=lambda niche: (niche["expert"], niche["kind"], niche["where"]))
 
 
-def _overflow(statistics: Statistics, row: int) -> dict[str, Any]:
+def overflow_of(statistics: Statistics, row: int) -> dict[str, Any]:
     """Return by dispatch size the share of choices that do not fit, by capacity factor, and what padding costs."""
     report: dict[str, Any] = {}
     for number, size in enumerate(SIZES):

@@ -77,6 +77,7 @@ def test_light_commands_load_no_heavy_package(tmp_path: Path, profiles: dict[str
         ["--help"],
         ["inspect", name],
         ["retop", name, tmp_path / "out"],
+        ["retop", name, tmp_path / "foreseen", "--profile", profiles[name]],
         ["prune", name, tmp_path / "pruned", "--profile", profiles[name], "--keep", "6"],
         ["prune", name, tmp_path / "other", "--profile", profiles[name], "--keep", "6", "--dry-run", "--json"],
         ["verify", tmp_path / "pruned", "--source", name],

@@ -139,3 +139,10 @@ def test_healing_that_cannot_be(heal: str, says: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_that_come_along(path: Path) -> None:
     read_recipe(path)
+
+
+def test_retop_can_name_a_profile(tmp_path: Path) -> None:
+    recipe = _read(tmp_path, "checkpoint: c\nsteps: [{retop: {top_k: 1, profile: p}}, {retop: {}}]")
+    first, second = (step.retop for step in recipe.steps)
+    assert first is not None and first.profile == Path("p") and first.spec.top_k == 1
+    assert second is not None and second.profile is None

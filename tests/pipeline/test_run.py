@@ -23,6 +23,7 @@ from moesurgeon.pipeline.run import RunOutput, run
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.verify import verify
 from moesurgeon.profiling.artefact import load_profile
+from moesurgeon.progress import Silent
 from moesurgeon.surgery.retop import RetopSpec
 from tests.conftest import BUILTIN
 
@@ -244,7 +245,7 @@ def test_impossible_recipe_does_not_touch_an_earlier_run(recipe: Path, out: Path
 @pytest.mark.usefixtures("cheap")
 def test_healing_has_the_recipe_s_text_and_teacher(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[HealSpec] = []
-    monkeypatch.setattr(module, "retop", lambda *_given, heal, running: seen.append(heal) or {})
+    monkeypatch.setattr(module, "retop", lambda *_given, heal, **_others: seen.append(heal) or {})
     monkeypatch.setattr(module, "prune", lambda _source, spec, *_given: seen.append(spec.heal) or {})
     path = tmp_path / "recipe.yaml"
     path.write_text(
@@ -289,3 +290,20 @@ steps:
     assert [stage["stage"] for stage in report["stages"]] == ["original", "prune"]
     assert report["stages"][-1]["experts"] == 7 and not report["gate"]["passed"]
     assert report["checkpoint"].endswith("01-prune")
+
+
+def test_retop_is_foreseen_by_the_profile_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ENTROPY_TOKENS", 256)
+    notes: list[str] = []
+
+    class Noted(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "checkpoint: builtin:tiny-deepseek\ntext: {traces: ['builtin:json'], length: 64}\nreport_tokens: 256\n"
+        "steps:\n  - profile: {max_tokens: 256}\n  - retop:\n"
+    )
+    run(recipe, RunOutput(output=tmp_path / "run"), Noted())
+    assert any("an even share of the profile's tokens is 16 for each expert" in note for note in notes)
