@@ -116,7 +116,14 @@ def stage_folder(path: Path, digest: str, *, stays: bool) -> Iterator[StageFolde
             journal.write_whole(path / _OPERATION, json.dumps({"digest": digest}) + "\n")
         found = _entries(path)
         _clear(path, {str(entry["stage"]) for entry in found})
-        yield StageFolder(path, found)
+        folder = StageFolder(path, found)
+        yield folder
+    except KeyboardInterrupt as error:
+        if not folder.entries:
+            _leave(path, stays)
+            raise
+        last = folder.entries[-1]["stage"]
+        raise KeyboardInterrupt(f"interrupted; the same command goes on behind {last}") from error
     except OSError as error:
         raise OutputError(
             f"{path} could not be written ({os.strerror(error.errno or 0)}); free space and repeat the command, which "

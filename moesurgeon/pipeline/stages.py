@@ -18,7 +18,8 @@ import numpy as np
 
 import moesurgeon
 from moesurgeon.checkpoint.open import CONFIG_NAME
-from moesurgeon.errors import GateFailed
+from moesurgeon.checkpoint.staging import overlap
+from moesurgeon.errors import GateFailed, UsageError
 from moesurgeon.evaluation.figures import figures_of
 from moesurgeon.evaluation.gate import Gate, failure
 from moesurgeon.evaluation.summary import summarise
@@ -49,6 +50,8 @@ def prune_in_stages(
     """
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
+    if spec.run is not None and any(overlap(spec.run, other) for other in (subject.root, writing.output)):
+        raise UsageError(f"--run {spec.run} overlaps with the source or the output; name a folder of its own")
     heal = heal_of(spec)
     refuse_without_healing(spec.criterion, heal)
     text = Text(traces=heal.traces, length=heal.length)

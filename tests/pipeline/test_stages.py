@@ -192,9 +192,33 @@ def test_other_options_do_not_go_on_with_these_stages(
     other = tmp_path / "mine"
     other.mkdir()
     (other / "letters.txt").write_text("dear")
+    for place in (tmp_path / "other", tmp_path / "other" / "run"):
+        with pytest.raises(UsageError, match="overlaps with the source or the output"):
+            _prune(tiny_mixtral, tmp_path / "other", stages=(7,), run=place)
     with pytest.raises(UsageError, match="is not a folder of stages"):
         _prune(tiny_mixtral, tmp_path / "other", stages=(7,), run=other)
     assert not (tmp_path / "other").exists() and (other / "letters.txt").read_text() == "dear"
+
+
+def test_what_an_interrupt_leaves_is_said(
+    tiny_mixtral: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, heals = Healer.heal, []
+
+    def stopped(self: Healer, plan: Any) -> Any:
+        heals.append(1)
+        if len(heals) in (1, 3):
+            raise KeyboardInterrupt
+        return stock(self, plan)
+
+    monkeypatch.setattr(Healer, "heal", stopped)
+    options: dict[str, Any] = {"stages": (7, 6), "heal": replace(RIDGE, method="none")}
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        _prune(tiny_mixtral, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on behind stage-01"):
+        _prune(tiny_mixtral, tmp_path / "out", **options)
+    assert _prune(tiny_mixtral, tmp_path / "out", **options)["experts_after"] == 6 and len(heals) == 4
 
 
 def test_two_at_once_do_not_share_a_folder(tiny_mixtral: Subject, tmp_path: Path) -> None:
@@ -234,6 +258,7 @@ def test_stages_by_what_is_searched(tiny_mixtral: Subject, tmp_path: Path, crite
         ({"stages": (1,)}, "keep at least 2 experts"),
         ({"keep": 6, "gates": ("perplexity_rato < 2",)}, "perplexity_rato"),
         ({"gates": (LOOSE,)}, "say how many experts stay"),
+        ({"stages": (7,), "virtual": True}, "--virtual does not go with --stages"),
     ],
 )
 def test_what_cannot_be_asked(tiny_mixtral: Subject, tmp_path: Path, options: dict[str, Any], message: str) -> None:
