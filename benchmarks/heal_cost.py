@@ -14,7 +14,7 @@ Mixtral-8x7B and DeepSeek-MoE-16B with a quarter of the experts cut, from their 
 (grow). ``--rates NAME=FILE`` adds the JSON file of this script from another machine, with --only rates --only grow.
 
 One layer of text goes in turns; seconds of the processor where one thread computes on a CPU, else of the clock. About
-8 minutes on one core, of which (rates) 1.5; needs 4 GB of memory. Prints tables and a JSON object.
+7 minutes on one quiet core, of which (rates) 1.5; needs 4 GB of memory. Prints tables and a JSON object.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", dest="width", help="default: 256 512 1024")
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 8192 16384 32768; judged on an eighth more")
     parser.add_argument("--runs", type=int, help="default: 2")
-    parser.add_argument("--steps", type=int, help="of the distillation that is measured; default: 10")
+    parser.add_argument("--steps", type=int, help="of the distillation that is measured; default: 20")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=PARTS, action="append", help="leave the other parts out; repeat for more")
@@ -68,7 +68,7 @@ def main() -> None:
     sizes = {name: getattr(given, name) or usual for name, usual in (QUICK if given.quick else SIZES).items()}
     common = {
         "threads": given.threads, "device": given.device, "quick": given.quick, "rank": max(1, sizes["width"][0] // 8),
-        "runs": given.runs or (1 if given.quick else 2), "steps": given.steps or (2 if given.quick else 10),
+        "runs": given.runs or (1 if given.quick else 2), "steps": given.steps or (2 if given.quick else 20),
     }  # fmt: skip
     found: dict[str, Any] = {"options": common, "machine": worker("machine", common), "rates": {}}
     print(machine_name(found["machine"]), flush=True)

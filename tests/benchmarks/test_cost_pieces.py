@@ -35,7 +35,5 @@ def test_pieces_are_the_products_that_are_computed(job: dict[str, Any], way: str
     heal = healing(job, given, way)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as counter:
         heal()
-    print(way, counter.get_flop_counts()["Global"])
     made = pieces(size_of(job), way, job["tokens"], job["tokens"] // 8, pace_of(job))
-    print({k: round(v/1e6) for k, v in made.items()})
-    assert made["forward"] + made["sums"] + made["train"] == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert made["forward"] + made["sums"] + made["train"] == pytest.approx(counter.get_total_flops(), rel=0.03)
