@@ -12,7 +12,7 @@ from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.pipeline.recipe import Recipe, RecoverStep, RetopStep, read_recipe
 from moesurgeon.recovery.objective import Losses
-from moesurgeon.recovery.train import Schedule
+from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.surgery.retop import RetopSpec
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -11,7 +11,7 @@ import torch
 from moesurgeon.engine.routing import Routing
 from moesurgeon.errors import UsageError
 from moesurgeon.recovery.estimator import Routed
-from moesurgeon.recovery.objective import balance_loss, distillation, language_loss, refuse_without_gradient
+from moesurgeon.recovery.objective import Losses, balance_loss, distillation, language_loss, refuse_without_gradient
 from moesurgeon.surgery.anatomy import Anatomy, examine
 from tests.engine.small import FAMILIES, small_model
 
@@ -119,14 +119,17 @@ ALIVE = [
 def test_the_plain_loss_is_refused_for_a_renormalised_top_1(family: str, changes: dict[str, Any]) -> None:
     anatomy = _anatomy(family, num_experts_per_tok=1, **changes)
     with pytest.raises(UsageError, match="use --objective distill"):
-        refuse_without_gradient(anatomy, "lm")
-    refuse_without_gradient(anatomy, "distill")
-    refuse_without_gradient(_anatomy(family, num_experts_per_tok=2, **changes), "lm")
+        refuse_without_gradient(anatomy, Losses(objective="lm"))
+    refuse_without_gradient(anatomy, Losses())
+    # What reaches the router by another way, and what trains no router.
+    refuse_without_gradient(anatomy, Losses(objective="lm", router=0.1))
+    refuse_without_gradient(anatomy, Losses(objective="lm"), ("experts",))
+    refuse_without_gradient(_anatomy(family, num_experts_per_tok=2, **changes), Losses(objective="lm"))
 
 
 @pytest.mark.parametrize(("family", "changes"), ALIVE)
 def test_it_is_accepted_where_the_weight_depends_on_the_router(family: str, changes: dict[str, Any]) -> None:
-    refuse_without_gradient(_anatomy(family, num_experts_per_tok=1, **changes), "lm")
+    refuse_without_gradient(_anatomy(family, num_experts_per_tok=1, **changes), Losses(objective="lm"))
 
 
 def test_every_family_is_one_or_the_other() -> None:

@@ -22,7 +22,7 @@ def test_top_k(out: Path) -> None:
 @pytest.mark.parametrize("command", ["retop", "prune", "recover"])
 def test_unknown_layout(command: str, out: Path, profiles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     # Before any work: recover must not train first.
-    monkeypatch.setattr("moesurgeon.pipeline.recover.load_model", pytest.fail)
+    monkeypatch.setattr("moesurgeon.pipeline.recover.filled", pytest.fail)
     arguments = {
         "retop": ["retop", MIXTRAL, out],
         "prune": ["prune", MIXTRAL, out, "--keep", "6", "--profile", profiles[MIXTRAL]],
