@@ -80,9 +80,9 @@ def test_what_runs_is_measured_and_learns(stock: Stock, name: str) -> None:
         plain = load_model(subject.checkpoint, subject.anatomy, Placement(torch.device("cpu"), torch.float32))
         merged, places = dict(adapted.merged()), Stream(source_of(subject))
         assert len(merged) == 3 * len(subject.anatomy.moe_layers)
-        for name, weight in merged.items():
-            assert torch.equal(places.as_stored(name, weight), weight)
-            plain.get_parameter(name).data.copy_(weight)
+        for parameter, weight in merged.items():
+            assert torch.equal(places.as_stored(parameter, weight), weight)
+            plain.get_parameter(parameter).data.copy_(weight)
         again = our_logits(plain, tokens, None)
         assert (again - moved).abs().max() <= 1e-4 * max(1.0, float(moved.abs().max()))
 
