@@ -42,7 +42,9 @@ def command(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps at most.")] = 200,
     tokens_per_step: Annotated[int, typer.Option(min=8, help="Tokens of one step.")] = 4096,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 3e-3,
+    learning_rate: Annotated[
+        float, typer.Option(min=0.0, help="Peak learning rate; full-routers are trained at a tenth of it.")
+    ] = 3e-3,
     expert_rate: Annotated[
         float | None, typer.Option(min=0.0, help="Of what is trained of experts. Default: the same.")
     ] = None,

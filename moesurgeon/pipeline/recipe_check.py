@@ -52,6 +52,8 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
         elif step.recover:
             check_adapt(step.recover.adapt)
             check_log(step.recover.log, step.recover.tensorboard)
+            if step.recover.log is not None and step.recover.log.exists():
+                raise UsageError(f"recover: {{log: {step.recover.log}}} exists; remove it or name another")
             refuse_without_gradient(anatomy, step.recover.losses, step.recover.adapt)
 
 

@@ -41,7 +41,7 @@ def shares_weights(student: Subject, teacher: Subject) -> bool:
 
 def refuse_other_model(student: Subject, teacher: Subject, losses: Losses) -> None:
     """Raise UsageError for a teacher that the student cannot learn from token by token."""
-    mine, theirs = (count_of(one.anatomy.config, "vocab_size", 0) for one in (student, teacher))
+    mine, theirs = (_vocabulary(one) for one in (student, teacher))
     if mine != theirs:
         raise UsageError(
             f"vocabularies differ ({mine} and {theirs} tokens): "
@@ -53,6 +53,12 @@ def refuse_other_model(student: Subject, teacher: Subject, losses: Losses) -> No
             f"hidden states cannot be matched: the teacher has {there[0]} layers of width {there[1]}, the student "
             f"{here[0]} of {here[1]}; leave --hidden out"
         )
+
+
+def _vocabulary(subject: Subject) -> int:
+    """Return how many tokens have an embedding; what config.json says of it is checked when the model is built."""
+    stored = subject.anatomy.tensors.get(subject.anatomy.family.embedding)
+    return count_of(subject.anatomy.config, "vocab_size", 0) if stored is None else stored.shape[0]
 
 
 def experts_of_teacher(student: Subject, teacher: Subject) -> dict[int, Sequence[int]] | None:

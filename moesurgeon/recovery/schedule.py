@@ -22,7 +22,8 @@ _Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Schedule:
     """Length and pace of the training. ``candidates``: experts that get a gradient; None: all.
 
-    ``expert_rate``: peak learning rate of what is trained of experts (None: ``learning_rate``). ``warmup``: share of
+    Whole routers are trained at a tenth of ``learning_rate``. ``expert_rate``: peak learning rate of what is trained of
+    experts (None: ``learning_rate``). ``warmup``: share of
     the steps in which rates rise, before they fall with a cosine to a tenth. ``clip``: the largest norm of the
     gradient. ``patience``: judgements without a better state after which it ends (None: never before the last step).
     ``capacity``: factor beyond which choices are dropped while training (None: nothing is). ``recompute``: layers run

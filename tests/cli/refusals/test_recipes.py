@@ -89,3 +89,12 @@ def test_recipe_that_is_no_file(out: Path, tmp_path: Path) -> None:
     refused(INPUT, "run", tmp_path, "-o", out, says=("cannot be read", "give the path"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     refused(INPUT, "run", tmp_path / "binary.yaml", "-o", out, says=("not valid YAML",))
+
+
+def test_recipe_with_a_log_that_exists(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesurgeon.pipeline.evaluate.ready", pytest.fail)
+    path, log = tmp_path / "recipe.yaml", tmp_path / "log.csv"
+    log.write_text("mine")
+    path.write_text(f"checkpoint: {MIXTRAL}\nsteps: [{{retop: {{}}}}, {{recover: {{log: {log}}}}}]\n")
+    refused(USAGE, "run", path, "-o", out, says=("log.csv} exists", "remove it"))
+    assert log.read_text() == "mine"
