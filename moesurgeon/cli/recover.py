@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,16 +26,53 @@ def command(
         Literal["distill", "lm"],
         typer.Option(help="Distillation from the teacher, or the language-model loss."),
     ] = "distill",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
+    adapt: Annotated[
+        list[str],
+        typer.Option(
+            metavar="WHAT",
+            help="What is trained: routers or experts (low-rank adapters on the routers, on the experts' down "
+            "projections), full-routers (their weights), experts-all (adapters on all matrices). Repeat for more.",
+        ),
+    ] = ["routers"],  # noqa: B006 - typer copies it
+    changed: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, metavar="SHARE", help="Train only experts whose traffic is not the teacher's by more than this."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps at most.")] = 200,
     tokens_per_step: Annotated[int, typer.Option(min=8, help="Tokens of one step.")] = 4096,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 3e-3,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters on the routers.")] = 4,
+    learning_rate: Annotated[
+        float, typer.Option(min=0.0, help="Peak learning rate; full-routers are trained at a tenth of it.")
+    ] = 3e-3,
+    expert_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Of what is trained of experts. Default: the same.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of every adapter (of each expert's).")] = 4,
     balance: Annotated[float, typer.Option(min=0.0, help="Coefficient of the load-balancing loss.")] = 0.01,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the distillation.")] = 1.0,
+    lm: Annotated[float, typer.Option(min=0.0, help="Coefficient of the language-model loss beside distillation.")] = 0,
+    router_distill: Annotated[
+        float, typer.Option(min=0.0, help="Coefficient of distilling the routers' distributions over the experts.")
+    ] = 0,
+    hidden: Annotated[float, typer.Option(min=0.0, help="Coefficient of matching hidden states after each layer.")] = 0,
+    z_loss: Annotated[float, typer.Option(min=0.0, help="Coefficient of the z-loss on the routers' logits.")] = 0,
     candidates: Annotated[
         int | None, typer.Option(min=1, help="Experts per token that get a gradient. Default: all.")
     ] = None,
+    capacity: Annotated[
+        float | None,
+        typer.Option(min=0.01, metavar="FACTOR", help="While training, drop what exceeds an expert's capacity."),
+    ] = None,
     judge_every: Annotated[int, typer.Option(min=1, help="Steps between looks at held-out text.")] = 50,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="End after so many looks without a better state. Default: at the end.")
+    ] = None,
+    warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which rates rise.")] = 0.05,
+    clip: Annotated[float, typer.Option(min=1e-6, help="Largest norm of the gradient.")] = 1.0,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Run layers again in the backward pass: slower, with less memory.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the adapters and of the order of the text.")] = 0,
     split: options.SplitOption = None,
     max_tokens: options.MaxTokens = 65536,
@@ -42,8 +80,24 @@ def command(
     budget: options.Budget = [],  # noqa: B006 - typer copies it
     sample: options.Sample = None,
     length: options.Length = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Keep what a teacher said that is another model, for runs to come. Default: no."
+        ),
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every look at held-out text to this .csv or .json.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write them for TensorBoard, too (needs the package).")
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory to use at most, as 16GB. Default: most of what is free."),
+    ] = None,
     layout: options.Layout = None,
     link: options.Link = False,
     shard_size: options.ShardSize = None,
@@ -52,28 +106,47 @@ def command(
     allow_noop: options.AllowNoop = False,
     json: options.Json = False,
 ) -> None:
-    """Adapt the routers of an edited checkpoint to what is left (low-rank, distilled from the teacher)."""
+    """Train routers, and experts if asked, of an edited checkpoint towards what it was, end to end."""
 
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.options import Running, Writing
         from moesurgeon.pipeline.recover import RecoverSpec, recover
         from moesurgeon.recovery.objective import Losses
-        from moesurgeon.recovery.train import Schedule
+        from moesurgeon.recovery.schedule import Schedule
 
         schedule = Schedule(
             steps=steps,
             tokens_per_step=tokens_per_step,
             learning_rate=learning_rate,
+            expert_rate=expert_rate,
             rank=rank,
             judge_every=judge_every,
+            patience=patience,
+            warmup=warmup,
+            clip=clip,
             candidates=candidates,
+            capacity=capacity,
+            recompute=recompute,
             seed=seed,
         )
         spec = RecoverSpec(
             teacher=teacher,
-            losses=Losses(objective=objective, balance=balance, temperature=temperature),
+            adapt=tuple(adapt),  # type: ignore[arg-type]  # checked there
+            losses=Losses(
+                objective=objective,
+                balance=balance,
+                temperature=temperature,
+                lm=lm,
+                router=router_distill,
+                hidden=hidden,
+                z=z_loss,
+            ),
             schedule=schedule,
             heldout_tokens=heldout_tokens,
+            changed=changed,
+            cache=cache,
+            log=log,
+            tensorboard=tensorboard,
         )
         text = text_of(traces, split=split, max_tokens=max_tokens, length=length, budget=budget, sample=sample)
         writing = Writing(
@@ -85,7 +158,8 @@ def command(
             dry_run=dry_run,
             allow_noop=allow_noop,
         )
-        return recover(source, spec, text, Running(device=device, dtype=dtype), writing, progress)
+        running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
+        return recover(source, spec, text, running, writing, progress)
 
     answer(json, work, _show)
 
@@ -94,10 +168,34 @@ def _show(report: Report) -> None:
     if report["dry_run"]:
         print(f"would train on {report['tokens']:,} and judge on {report['heldout_tokens']:,} held-out tokens")
         return
-    closed = report["gap_closed"]
     print(
         f"held-out loss {report['loss_before']:.4f} -> {report['loss_after']:.4f}, teacher {report['teacher_loss']:.4f}"
     )
-    if closed is not None:
-        print(f"  {closed:.1%} of the gap to the teacher closed; gradient at the routers {report['gradient_norm']:.1e}")
+    if report["gap_closed"] is not None:
+        print(f"  {_share(report)} of the gap to the teacher closed in {report['steps']} steps")
+        for domain, figures in report["domains_closed"].items():
+            print(f"    {domain}: {_share(figures)}")
+        for healed in report["healed_before"]:
+            print(f"  healing before ({healed['method']}): {_percent(healed['gap_closed'])} of the gap of its cut")
+        for part, figures in report["parts"].items():
+            print(f"  {part} alone: {_percent(figures['gap_closed'])}, loss {figures['loss']:.4f}")
+    for layer, now in report["usage"]["after"].items():
+        before = report["usage"]["before"][layer]
+        dead = f", {len(now['dead'])} dead" if now["dead"] else ""
+        print(
+            f"  layer {layer}: entropy of use {before['entropy']:.3f} -> {now['entropy']:.3f}, busiest "
+            f"{now['max_over_mean']:.2f} x the mean, {now['overflow']['1.25']:.1%} over a capacity of 1.25{dead}"
+        )
     show_written(report)
+
+
+def _share(figures: Any) -> str:
+    if figures["gap_closed"] is None:
+        return "no gap"
+    interval = figures["interval"]
+    between = f" (95 %: {interval[0]:.1%} to {interval[1]:.1%})" if interval else " (the gap is not sure)"
+    return f"{figures['gap_closed']:.1%}{between}"
+
+
+def _percent(share: float | None) -> str:
+    return "no gap" if share is None else f"{share:.1%}"

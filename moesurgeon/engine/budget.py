@@ -41,7 +41,7 @@ def share_out(
         for source in sources:
             source.supply.spread(devices_for(source.skeleton, placement.device.type, working))
         return True
-    free = _free(limit, placement.device) - working
+    free = free_bytes(limit, placement.device) - working
     tokens = sum(batch.tokens.numel() for batch in batches)
     hidden = held + sum(tokens * source.anatomy.hidden * placement.dtype.itemsize for source in sources)
     least = [source.supply.least for source in sources]
@@ -74,7 +74,8 @@ def working_bytes(anatomy: Anatomy, placement: Placement, batches: Sequence[Batc
     return max(layer, head)
 
 
-def _free(limit: int | None, device: torch.device) -> int:
+def free_bytes(limit: int | None, device: torch.device) -> int:
+    """Return what may still be taken of the device's memory: up to ``limit`` (None: most of what is free)."""
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0]
         return min(limit, available) if limit is not None else int(_SHARE * available)

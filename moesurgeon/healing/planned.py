@@ -18,7 +18,8 @@ from moesurgeon.surgery.plan import EditPlan, compose, identity
 def plan_healed(student: Stream, record: Mapping[str, Any]) -> EditPlan:
     """Return ``student``'s plan with the tensors of its overlay in place of what it would have written.
 
-    ``record`` says how they came about; the names of the replaced tensors are added to it.
+    ``record`` says how they came about; the names of the replaced tensors are added to it. A tensor whose bytes are
+    those that it had is not among them: it stays the source's.
     """
     first = student.overlay.plan
     assert first is not None
@@ -27,7 +28,10 @@ def plan_healed(student: Stream, record: Mapping[str, Any]) -> EditPlan:
     for name, tensor in student.overlay.tensors.items():
         for piece in student.stored_parts(name):
             load = partial(_bytes_of, student, piece, tensor)
-            outputs[piece.source] = edits.replace(student.anatomy.tensors[piece.source], load, key=content_key(load()))
+            made = load()
+            if made == b"".join(student.source.bytes_of(part) for part in first.outputs[piece.source].parts):
+                continue
+            outputs[piece.source] = edits.replace(student.anatomy.tensors[piece.source], load, key=content_key(made))
             replaced.append(piece.source)
     if not replaced:
         return first

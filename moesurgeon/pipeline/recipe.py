@@ -23,7 +23,8 @@ from moesurgeon.errors import InputError
 from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.recovery.objective import Losses
-from moesurgeon.recovery.train import Schedule
+from moesurgeon.recovery.schedule import Schedule
+from moesurgeon.recovery.targets import Adapt
 from moesurgeon.surgery.retop import RetopSpec
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
@@ -35,11 +36,16 @@ class RecoverStep(BaseModel):
 
     model_config = _STRICT
 
+    adapt: Annotated[tuple[Adapt, ...], Field(min_length=1)] = ("routers",)
+    changed: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     losses: Losses = Losses()
     schedule: Schedule = Schedule()
     max_tokens: _Tokens | None = 65536
     heldout_tokens: _Tokens = 16384
     allow_noop: bool = False
+    cache: Path | None = None
+    log: Path | None = None
+    tensorboard: Path | None = None
 
 
 class RetopStep(BaseModel):

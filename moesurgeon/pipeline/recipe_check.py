@@ -18,7 +18,9 @@ from moesurgeon.pipeline.recipe import Recipe
 from moesurgeon.pipeline.stage_state import counts_of, heal_of
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.text import trace_specs, window_length
+from moesurgeon.recovery.log import check_log
 from moesurgeon.recovery.objective import refuse_without_gradient
+from moesurgeon.recovery.targets import check_adapt
 from moesurgeon.selection.choose import best, count_to_keep
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.prune import Kept, check_count, plan_prune
@@ -48,7 +50,11 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
         elif step.prune:
             anatomy = _pruned(anatomy, step.prune)
         elif step.recover:
-            refuse_without_gradient(anatomy, step.recover.losses.objective)
+            check_adapt(step.recover.adapt)
+            check_log(step.recover.log, step.recover.tensorboard)
+            if step.recover.log is not None and step.recover.log.exists():
+                raise UsageError(f"recover: {{log: {step.recover.log}}} exists; remove it or name another")
+            refuse_without_gradient(anatomy, step.recover.losses, step.recover.adapt)
 
 
 def _pruned(anatomy: Anatomy, asked: PruneSpec) -> Anatomy:

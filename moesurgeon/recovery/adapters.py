@@ -1,70 +1,205 @@
-"""Low-rank adapters on routers, through peft; read back as plain weights."""
+"""What is trained, and how it becomes plain weights: adapters through peft, masters of whole routers.
+
+Whatever the precision of the model, what the optimiser changes is float32: the two factors of an adapter, or a master
+of a router whose rounding the model runs with. Otherwise steps smaller than half a unit in the last place of a
+bfloat16 weight would be lost.
+
+Legend: E experts, R rank.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from moesurgeon.engine.model import moe_blocks
-from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.recovery.targets import PARTS, Experts, Part, Target
 
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""The dtypes, as safetensors spells them, in which a trained router can be written."""
+_ADAPTER = "default"
 
 
-def adapt_routers(model: PreTrainedModel, anatomy: Anatomy, *, rank: int) -> PeftModel:
-    """Put a LoRA adapter of ``rank`` on every router of ``model`` and freeze everything else.
+class Adapted:
+    """``model`` with everything frozen but adapters and masters for ``targets``; at first it computes what it did.
 
-    Routers are parameters, not Linear layers, in transformers 5: they are named in full, since peft
-    ignores ``layers_to_transform`` for parameters. The adapter starts at zero.
+    ``rank``: of every adapter. ``experts``: those of a layer that are trained (None: all); the others
+    have no gradient and stay as they are to the bit. ``model`` is the one to call while training.
     """
-    paths = [f"{block.name}.{anatomy.family.router_module}.weight" for block in moe_blocks(model, anatomy)]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        targets: Sequence[Target],
+        *,
+        rank: int,
+        experts: Experts | None = None,
+    ) -> None:
+        self.targets = tuple(targets)
+        model.requires_grad_(False)
+        self._wrappers: dict[str, ParamWrapper] = {}
+        self._masters: dict[str, _Master] = {}
+        self.model: Any = _with_adapters(model, [each.name for each in targets if each.low_rank], rank)
+        for wrapper in (each for each in self.model.modules() if isinstance(each, ParamWrapper)):
+            (name,) = (
+                each.name
+                for each in targets
+                if wrapper.get_base_layer() is each.module and wrapper.parameter_name == each.parameter
+            )
+            self._wrappers[name] = wrapper
+        for target in targets:
+            if not target.low_rank:
+                self._masters[target.name] = _master_of(target)
+        for wrapper in self._wrappers.values():
+            for factor in (wrapper.lora_A, wrapper.lora_B):
+                factor[_ADAPTER].float()
+        if experts is not None:
+            for target in targets:
+                if target.part == "experts":
+                    self._only(target, experts.get(target.layer, frozenset()))
+
+    def weights(self, part: Part | None = None) -> list[nn.Parameter]:
+        """Return the float32 parameters that are trained, of one part or of all."""
+        return [weight for target in self._of(part) for weight in self._trained(target)]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return copies of what is trained, on the CPU: small beside the weights it stands for."""
+        return {key: weight.detach().cpu().clone() for key, weight in self._named()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what :meth:`state` returned."""
+        for key, weight in self._named():
+            weight.copy_(state[key])
+
+    def merged(self, parts: Collection[Part] = PARTS) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the plain weights of ``parts`` by running name, in float32, one after the other."""
+        for target in self.targets:
+            if target.part in parts:
+                yield target.name, self._merged(target)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside the context the model computes what it did before anything was trained."""
+        with ExitStack() as stack:
+            if self._wrappers:
+                stack.enter_context(self.model.disable_adapter())
+            for master in self._masters.values():
+                stack.enter_context(master.off())
+            yield
+
+    @contextmanager
+    def running_with(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside the context the model runs with ``tensors``, by running name, in place of what they are trained from.
+
+        So a state is judged as it will be written: rounding to bfloat16 can undo a small gain. What is not named is
+        as it was before the training.
+        """
+        held = {target.name: self._stored(target) for target in self.targets if target.name in tensors}
+        originals = {name: weight.data for name, weight in held.items()}
+        with self.off():
+            try:
+                for name, weight in held.items():
+                    weight.data = tensors[name].to(weight.device, weight.dtype).contiguous()
+                yield
+            finally:
+                for name, weight in held.items():
+                    weight.data = originals[name]
+
+    def _of(self, part: Part | None) -> Iterator[Target]:
+        return (target for target in self.targets if part in (None, target.part))
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for target in self.targets:
+            for number, weight in enumerate(self._trained(target)):
+                yield f"{target.name}.{number}", weight
+
+    def _trained(self, target: Target) -> tuple[nn.Parameter, ...]:
+        if target.low_rank:
+            wrapper = self._wrappers[target.name]
+            return wrapper.lora_A[_ADAPTER].weight, wrapper.lora_B[_ADAPTER].weight
+        return (self._masters[target.name].master,)
+
+    def _stored(self, target: Target) -> nn.Parameter:
+        """Return the parameter with the weight from before the training."""
+        module: Any = target.module
+        if parametrize.is_parametrized(module, target.parameter):
+            original: nn.Parameter = module.parametrizations[target.parameter].original
+            return original
+        return target.weight
+
+    @torch.no_grad()
+    def _merged(self, target: Target) -> torch.Tensor:
+        if not target.low_rank:
+            return self._masters[target.name].master.detach().clone()
+        wrapper, weight = self._wrappers[target.name], self._stored(target)
+        down, up = (each.detach() for each in self._trained(target))
+        if weight.dim() == 2:
+            delta = up @ down
+        else:  # peft's order: down [E x R, in], up [out, R x E]
+            down_ERI = down.reshape(len(weight), -1, down.shape[-1])
+            up_EOR = up.reshape(len(up), -1, len(weight)).permute(2, 0, 1)
+            delta = up_EOR @ down_ERI
+            if not getattr(wrapper, "_did_swap_in_out_features", False):
+                delta = delta.transpose(1, 2)
+        return weight.detach().float() + wrapper.scaling[_ADAPTER] * delta
+
+    def _only(self, target: Target, experts: frozenset[int]) -> None:
+        """Let gradients through to these experts of ``target`` alone."""
+        down, up = self._trained(target)
+        count = len(self._stored(target))
+        chosen = torch.tensor([float(expert in experts) for expert in range(count)], device=down.device)
+        rank = len(down) // count
+        rows, columns = chosen.repeat_interleave(rank)[:, None], chosen.repeat(rank)[None]
+        down.register_hook(lambda gradient: gradient * rows)
+        up.register_hook(lambda gradient: gradient * columns)
+
+
+class _Master(nn.Module):
+    """A parametrisation: the weight is the rounded master, through which gradients go as if it were not rounded."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.master = nn.Parameter(weight.detach().float().clone())
+        self._is_on = True
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.master.to(weight.dtype) if self._is_on else weight
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        before, self._is_on = self._is_on, False
+        try:
+            yield
+        finally:
+            self._is_on = before
+
+
+def _master_of(target: Target) -> _Master:
+    master = _Master(target.weight)
+    parametrize.register_parametrization(target.module, target.parameter, master)
+    return master
+
+
+def _with_adapters(model: PreTrainedModel, names: list[str], rank: int) -> PeftModel | PreTrainedModel:
+    """Put LoRA adapters of ``rank`` (of each expert, where they are fused) on the parameters ``names``.
+
+    Routers and fused experts are parameters, not Linear layers, in transformers 5: they are named in full, since
+    peft ignores ``layers_to_transform`` for parameters. Adapters start at zero.
+    """
+    if not names:
+        return model
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=[], target_parameters=paths, bias="none"
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=[], target_parameters=names, bias="none"
     )
     with warnings.catch_warnings():
         # peft warns that no module is targeted, which is what target_parameters means.
         warnings.simplefilter("ignore")
         adapted: PeftModel = get_peft_model(model, config)
     return adapted
-
-
-@torch.no_grad()
-def adapted_routers(model: PeftModel, anatomy: Anatomy) -> dict[int, torch.Tensor]:
-    """Return each layer's router weight [E, H] with its adapter merged, rounded as it will be stored."""
-    return {
-        layer: (wrapper.get_param().float() + wrapper.get_delta_weight("default").float())
-        .to(STORED[anatomy.tensors[anatomy.router_weight(layer)].dtype])
-        .cpu()
-        for layer, wrapper in _wrappers(model, anatomy).items()
-    }
-
-
-@contextmanager
-def running_with(model: PeftModel, anatomy: Anatomy, routers: Mapping[int, torch.Tensor]) -> Iterator[None]:
-    """Inside the context ``model`` runs with these router weights in place of its own and its adapters.
-
-    So a state is judged as it will be written: rounding a router to bfloat16 can undo a small gain.
-    """
-    weights = {layer: wrapper.get_param() for layer, wrapper in _wrappers(model, anatomy).items()}
-    originals = {layer: weight.detach().clone() for layer, weight in weights.items()}
-    with model.disable_adapter():
-        try:
-            for layer, weight in weights.items():
-                weight.data.copy_(routers[layer])
-            yield
-        finally:
-            for layer, weight in weights.items():
-                weight.data.copy_(originals[layer])
-
-
-def _wrappers(model: PeftModel, anatomy: Anatomy) -> dict[int, ParamWrapper]:
-    """Return the adapted router of each layer."""
-    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
-    return dict(zip(anatomy.moe_layers, wrappers, strict=True))

@@ -1,7 +1,11 @@
-"""What recovery minimises, and which objectives cannot reach a router at all."""
+"""What recovery minimises, and which objectives cannot reach a router at all.
+
+Legend: B windows, T tokens of a window, N tokens of text, V vocabulary, E experts, H hidden.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,31 +15,45 @@ from pydantic import Field
 from moesurgeon.engine.routing import Routing
 from moesurgeon.errors import UsageError
 from moesurgeon.recovery.estimator import Routed
+from moesurgeon.recovery.targets import parts_of
 from moesurgeon.surgery.anatomy import Anatomy
 
 Objective = Literal["distill", "lm"]
+_Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """``objective``: distillation from the teacher, or the language-model loss.
+    """``objective``: distillation from the teacher, or the language-model loss. ``temperature`` softens both
+    distributions of the distillation.
 
-    ``balance``: coefficient of the load-balancing loss, taken layer by layer. ``temperature`` softens
-    both distributions of the distillation.
+    Coefficients of what is added: ``lm`` (the language-model loss beside distillation), ``router`` (the teacher's
+    distribution over the experts), ``hidden`` (its hidden states after every layer), ``balance`` (load balancing,
+    taken layer by layer) and ``z`` (small router logits).
     """
 
     objective: Objective = "distill"
-    balance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    balance: _Coefficient = 0.01
     temperature: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 1.0
+    lm: _Coefficient = 0.0
+    router: _Coefficient = 0.0
+    hidden: _Coefficient = 0.0
+    z: _Coefficient = 0.0
+
+    @property
+    def from_teacher(self) -> bool:
+        """Whether the teacher has a say while training."""
+        return self.objective == "distill" or self.router > 0 or self.hidden > 0
 
 
-def refuse_without_gradient(anatomy: Anatomy, objective: Objective) -> None:
-    """Raise UsageError where ``objective`` would train the routers on rounding noise.
+def refuse_without_gradient(anatomy: Anatomy, losses: Losses, adapt: Sequence[str] = ("routers",)) -> None:
+    """Raise UsageError where ``losses`` would train the routers on rounding noise.
 
     A renormalised single weight is p / p = 1 whatever the router says, so the language-model loss does
     not depend on it; what autograd returns (about 1e-9) is the rounding of that division.
     """
-    if objective == "lm" and anatomy.renormalises and anatomy.top_k == 1:
+    reaches = losses.objective != "lm" or losses.router > 0
+    if not reaches and "routers" in parts_of(adapt) and anatomy.renormalises and anatomy.top_k == 1:
         raise UsageError(
             f"--objective lm cannot train the routers of a top-1 {anatomy.family.title}: the gate renormalises, so the "
             "weight is the constant 1 and the gradient is rounding noise; use --objective distill"
@@ -58,7 +76,7 @@ def language_loss(student: torch.Tensor, tokens: torch.Tensor, text: torch.Tenso
     return torch.nn.functional.cross_entropy(student[:, :-1][valid].float(), tokens[:, 1:][valid])
 
 
-def balance_loss(routing: Routing, routed: list[Routed], text: torch.Tensor) -> torch.Tensor:
+def balance_loss(routing: Routing, routed: Sequence[Routed], text: torch.Tensor) -> torch.Tensor:
     """Return the mean over layers of E x sum_e (share of choices) x (mean score share); 1 when even.
 
     Choices are the block's own, a selection bias included; ``text`` [B, T] leaves out padding.
@@ -73,4 +91,38 @@ def balance_loss(routing: Routing, routed: list[Routed], text: torch.Tensor) -> 
         chosen = layer.chosen[rows].flatten().bincount(minlength=scores.shape[-1])
         shares = (scores / scores.sum(-1, keepdim=True)).mean(0)
         losses.append(scores.shape[-1] * (chosen / chosen.sum() * shares).sum())
+    return torch.stack(losses).mean()
+
+
+def router_distillation(
+    routing: Routing, routed: Sequence[Routed], teacher_NE: Sequence[torch.Tensor], text: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean over layers and tokens of KL(teacher | student) between the routers' distributions.
+
+    ``teacher_NE``: by layer the teacher's logits of the tokens of ``text`` [B, T], of the student's experts in the
+    student's order. Scores are divided by their sum, so that of a pruned layer the experts that both have share 1.
+    """
+    rows = text.flatten()
+    losses = []
+    for layer, logits in zip(routed, teacher_NE, strict=True):
+        p, q = (routing.scores(each) for each in (layer.logits[rows], logits))
+        logp, logq = ((each / each.sum(-1, keepdim=True)).clamp_min(1e-30).log() for each in (p, q))
+        losses.append((logq.exp() * (logq - logp)).sum(-1).mean())
+    return torch.stack(losses).mean()
+
+
+def z_loss(routed: Sequence[Routed], text: torch.Tensor) -> torch.Tensor:
+    """Return the mean over layers and tokens of logsumexp(router logits)^2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    rows = text.flatten()
+    return torch.stack([layer.logits[rows].float().logsumexp(-1).square().mean() for layer in routed]).mean()
+
+
+def hidden_loss(
+    student_BTH: Sequence[torch.Tensor], teacher_NH: Sequence[torch.Tensor], text: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean over layers of |student - teacher|^2 / |teacher|^2, of the hidden states of text."""
+    losses = []
+    for mine, wanted in zip(student_BTH, teacher_NH, strict=True):
+        target = wanted.float()
+        losses.append((mine[text].float() - target).square().sum() / target.square().sum())
     return torch.stack(losses).mean()

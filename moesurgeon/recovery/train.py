@@ -1,192 +1,253 @@
-"""End-to-end recovery of routers: a few hundred steps, judged on text that they do not see."""
+"""End-to-end recovery: a few hundred steps, judged on text that they do not see, the best state kept."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from transformers import PreTrainedModel
 
-from moesurgeon.engine.batches import Batch, batches_of, rows_for, to_batch
-from moesurgeon.engine.model import logits_of
-from moesurgeon.engine.routing import routing_of
-from moesurgeon.engine.streams import Source, Stream
+from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.loading import DTYPES
+from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
-from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, Measurement, measure
 from moesurgeon.progress import SILENT, Progress
-from moesurgeon.recovery.adapters import adapt_routers, adapted_routers, running_with
+from moesurgeon.recovery.adapters import Adapted
+from moesurgeon.recovery.closed import Sums, closed
 from moesurgeon.recovery.estimator import learning_routers
-from moesurgeon.recovery.objective import (
-    Losses,
-    balance_loss,
-    distillation,
-    language_loss,
-    refuse_without_gradient,
-)
+from moesurgeon.recovery.judge import Judge, Judgement
+from moesurgeon.recovery.layers import outputs, recomputed
+from moesurgeon.recovery.log import Log
+from moesurgeon.recovery.monitor import Counts, changed_experts, usage_of
+from moesurgeon.recovery.objective import refuse_without_gradient
+from moesurgeon.recovery.result import Recovered, Training
+from moesurgeon.recovery.schedule import endless, pace
+from moesurgeon.recovery.state import Store
+from moesurgeon.recovery.targets import Part, parts_of, refuse_unwritable, targets_of
+from moesurgeon.recovery.teacher import Itself, Said, Teacher
+from moesurgeon.recovery.teacher_cache import Cached
+from moesurgeon.recovery.terms import Heard, Terms, terms_of
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.traces.windows import Corpus
 
 # Below this the gradient of the routers is what rounding leaves of zero (measured: 5e-9 for a
 # renormalised top-1 gate, 3e-2 and more for an objective that reaches the router).
 NOISE = 1e-6
+# Of the learning rate, for routers that are trained themselves: every weight of theirs takes a step of that size,
+# where the product of an adapter's factors moves by less (tiny-mixtral, top-1: at 3e-3 nothing was won, at 3e-4 2 %).
+WHOLE = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Length and pace of the training. ``candidates``: experts that get a gradient; None: all.
-
-    The bounds are for recipes; the command line has its own.
-    """
-
-    steps: Annotated[int, Field(ge=1)] = 200
-    tokens_per_step: Annotated[int, Field(ge=8)] = 4096
-    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3e-3
-    rank: Annotated[int, Field(ge=1)] = 4
-    judge_every: Annotated[int, Field(ge=1)] = 50
-    candidates: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-
-
-@dataclass
-class Recovered:
-    """``routers``: best weights [E, H] by layer as they will be stored, None if nothing beat the start.
-
-    ``gradient_norm``: of the objective alone, without the balancing loss, at the first step.
-    """
-
-    routers: dict[int, torch.Tensor] | None
-    loss_before: float
-    loss_after: float
-    teacher_loss: float
-    gradient_norm: float
-    log: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def gap_closed(self) -> float | None:
-        """The share of the held-out loss gap to the teacher that recovery closed."""
-        gap = self.loss_before - self.teacher_loss
-        return (self.loss_before - self.loss_after) / gap if gap > 0 else None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            **{key: value for key, value in asdict(self).items() if key != "routers"},
-            "gap_closed": self.gap_closed,
-        }
-
-
-def recover_routers(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    anatomy: Anatomy,
-    teacher_anatomy: Anatomy,
-    train: Corpus,
+def train(
+    student: Stream,
+    model: PreTrainedModel,
+    teacher: Cached | Anatomy,
+    text: Corpus,
     heldout: Corpus,
+    training: Training,
     *,
-    length: int,
-    losses: Losses,
-    schedule: Schedule,
+    store: Store | None = None,
+    log: Log | None = None,
     progress: Progress = SILENT,
 ) -> Recovered:
-    """Train adapters on the routers of ``student`` and return the best state on ``heldout``.
+    """Train ``model``, which holds the weights of ``student``, and return the best state on ``heldout``.
 
-    ``student`` is consumed. Raises UsageError if the objective does not reach the routers.
+    ``teacher``: what it said, or the anatomy by which the student itself is the teacher. ``model`` is consumed.
+    Raises UsageError if the objective does not reach what is trained, CheckpointError for what could not be stored.
     """
-    refuse_without_gradient(anatomy, losses.objective)
-    torch.manual_seed(schedule.seed)
-    judge = _Judge(student, anatomy, heldout, length)
-    before = judge.measured(Stream(Source.of_model(teacher, teacher_anatomy)), progress)
-    count = before.positions.sum()
-    loss_before = float(before.sums[:, LOSS].sum() / count)
-    teacher_loss = float(before.sums[:, TEACHER_LOSS].sum() / count)
-    result = Recovered(None, loss_before, loss_before, teacher_loss, 0.0)
-    # The plain language-model loss is run on the gate as it is; distillation through the estimator.
-    candidates = anatomy.top_k if losses.objective == "lm" else schedule.candidates
-    with learning_routers(student, anatomy, candidates=candidates) as routed:
-        model = adapt_routers(student, anatomy, rank=schedule.rank)
-        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        pace = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, schedule.steps))
-        accelerator = Accelerator(cpu=student.device.type == "cpu", step_scheduler_with_optimizer=False)
-        model, optimizer, pace = accelerator.prepare(model, optimizer, pace)
-        routing = routing_of(anatomy)
-        batches = _endless(train, max(1, schedule.tokens_per_step // length), schedule.seed, student.device)
+    with ExitStack() as stack:
+        run = _Run(stack, student, model, teacher, (text, heldout), training)
+        return run.result(store, log or Log(), progress)
+
+
+class _Run:
+    """One training from where it is to its end."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        student: Stream,
+        model: PreTrainedModel,
+        teacher: Cached | Anatomy,
+        corpora: tuple[Corpus, Corpus],
+        training: Training,
+    ) -> None:
+        self.student, self.model, self.text, self.training = student, model, corpora[0], training
+        anatomy, schedule = student.anatomy, training.schedule
+        refuse_without_gradient(anatomy, training.losses, training.adapt)
+        self.parts = parts_of(training.adapt)
+        targets = targets_of(model, anatomy, training.adapt)
+        refuse_unwritable(student, targets)
+        # The plain language-model loss is run on the gate as it is; distillation through the estimator.
+        is_plain = training.losses.objective == "lm" or "routers" not in self.parts
+        candidates = anatomy.top_k if is_plain else schedule.candidates
+        self.learning = stack.enter_context(
+            learning_routers(model, anatomy, candidates=candidates, capacity=schedule.capacity)
+        )
+        if schedule.recompute:
+            stack.enter_context(recomputed(model, anatomy))
+        self.judge = Judge(model, anatomy, self.learning, corpora[1], training.length)
+        self.before = self.judge.judged()
+        self.teacher_sums, teacher_counts = self._teacher_on_heldout(teacher)
+        torch.manual_seed(schedule.seed)
+        experts = None
+        if training.changed is not None:
+            assert training.experts is not None
+            experts = changed_experts(
+                anatomy, self.before.counts, teacher_counts, dict(training.experts), training.changed
+            )
+        self.adapted = Adapted(model, targets, rank=schedule.rank, experts=experts)
+        self.teacher: Teacher | None = None
+        if training.losses.from_teacher:
+            self.teacher = (
+                Itself(model, self.adapted, self.learning, teacher, training.losses)
+                if isinstance(teacher, Anatomy)
+                else teacher
+            )
+
+    def result(self, store: Store | None, log: Log, progress: Progress) -> Recovered:
+        """Train to the end and return what came of it."""
+        schedule, training = self.training.schedule, self.training
+        weights = self.adapted.weights()
+        found = Recovered(None, {}, 0.0, sum(weight.numel() for weight in weights))
+        best_loss, best, best_judged, worse = self.before.loss, None, self.before, 0
+        optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), weight_decay=0.0)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, schedule.steps, schedule.warmup))
+        accelerator = Accelerator(cpu=self.model.device.type == "cpu", step_scheduler_with_optimizer=False)
+        model, optimizer, rate = accelerator.prepare(self.adapted.model, optimizer, rate)
+        if store and (state := store.load()):
+            self.adapted.load(state["weights"])
+            optimizer.load_state_dict(state["optimizer"])
+            rate.load_state_dict(state["rate"])
+            best_loss, best, worse = state["best_loss"], state["best"], state["worse"]
+            found.steps, found.log, found.gradient_norm = state["step"], state["log"], state["norm"]
+        rows = max(1, schedule.tokens_per_step // training.length)
+        batches = endless(self.text, rows, schedule.seed, self.model.device, done=found.steps)
         with progress.task("recovering", schedule.steps, "steps") as advance:
-            for step in range(1, schedule.steps + 1):
+            advance(found.steps)
+            while found.steps < schedule.steps and not (schedule.patience and worse >= schedule.patience):
+                found.steps += 1
                 batch = next(batches)
-                routed.clear()
-                loss = _loss(model, teacher, batch, losses)
-                balance = balance_loss(routing, routed, batch.is_text)
-                if step == 1:
-                    # Without the balancing loss, whose gradient would hide that the objective has none.
-                    parts = torch.autograd.grad(loss, weights, retain_graph=True)
-                    result.gradient_norm = float(torch.nn.utils.get_total_norm(parts))
-                    _refuse_noise(result.gradient_norm)
-                accelerator.backward(loss + losses.balance * balance)
-                accelerator.clip_grad_norm_(weights, 1.0)
+                terms = self._losses(model, batch)
+                if found.steps == 1:
+                    found.gradient_norm = self._first_norm(terms.main)
+                accelerator.backward(terms.main + terms.beside)
+                accelerator.clip_grad_norm_(weights, schedule.clip)
                 optimizer.step()
-                pace.step()
+                rate.step()
                 optimizer.zero_grad()
                 advance(1)
-                if step % schedule.judge_every == 0 or step == schedule.steps:
-                    routers = adapted_routers(model, anatomy)
-                    with running_with(model, anatomy, routers):
-                        judged = judge.loss()
-                    result.log.append({"step": step, "loss": loss.item(), "balance": balance.item(), "heldout": judged})
-                    if judged < result.loss_after:
-                        result.loss_after, result.routers = judged, routers
-    return result
+                if found.steps % schedule.judge_every and found.steps != schedule.steps:
+                    continue
+                judged = self._judged(self.parts)
+                found.log.append(
+                    {
+                        "step": found.steps,
+                        **terms.figures,
+                        "heldout": judged.loss,
+                        "usage": usage_of(self.student.anatomy, judged.counts),
+                    }
+                )
+                worse += 1
+                if judged.loss < best_loss:
+                    best_loss, best, worse = judged.loss, self.adapted.state(), 0
+                log.write(found.log)
+                if store:
+                    store.save(
+                        {
+                            "step": found.steps,
+                            "weights": self.adapted.state(),
+                            "optimizer": optimizer.state_dict(),
+                            "rate": rate.state_dict(),
+                            "best_loss": best_loss,
+                            "best": best,
+                            "worse": worse,
+                            "log": found.log,
+                            "norm": found.gradient_norm,
+                        }
+                    )
+        if best is not None:
+            self.adapted.load(best)
+            found.tensors = self._stored(self.parts)
+            best_judged = self._judged(self.parts, found.tensors)
+            found.parts = {part: self._closed(self._alone(part, best_judged)) for part in self.parts}
+        found.closed = self._closed(best_judged, domains=True)
+        found.usage = {
+            "before": usage_of(self.student.anatomy, self.before.counts),
+            "after": usage_of(self.student.anatomy, best_judged.counts),
+        }
+        return found
+
+    def _losses(self, model: Any, batch: Batch) -> Terms:
+        """Run the student on ``batch`` and return what is to become small."""
+        losses, anatomy = self.training.losses, self.student.anatomy
+        said = self.teacher.says(batch) if self.teacher else Said()
+        self.learning.routed.clear()
+        self.learning.is_text = batch.is_text.flatten()
+        with ExitStack() as stack:
+            hidden = stack.enter_context(outputs(self.model, anatomy)) if losses.hidden else []
+            logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
+        routed = self.learning.routed[: len(anatomy.moe_layers)]
+        return terms_of(
+            losses, self.learning.rule, Heard(logits, routed, hidden), said, batch, routers="routers" in self.parts
+        )
+
+    def _first_norm(self, main: torch.Tensor) -> float:
+        """Return the norm of the gradient; UsageError if it is noise.
+
+        Without the balancing loss, whose gradient would hide that the objective has none.
+        """
+        part: Part = self.parts[0]
+        parts = torch.autograd.grad(main, self.adapted.weights(part), retain_graph=True)
+        norm = float(torch.nn.utils.get_total_norm(parts))
+        refuse_noise(norm, part)
+        return norm
+
+    def _groups(self) -> list[dict[str, Any]]:
+        schedule, rate = self.training.schedule, self.training.schedule.learning_rate
+        whole = WHOLE if "full-routers" in self.training.adapt else 1.0
+        own = rate if schedule.expert_rate is None else schedule.expert_rate
+        rates = {"routers": rate * whole, "experts": own}
+        return [{"params": self.adapted.weights(part), "lr": rates[part]} for part in self.parts]
+
+    def _stored(self, parts: Sequence[Part]) -> dict[str, torch.Tensor]:
+        """Return the weights of ``parts`` as they are by now, rounded as they will be stored, on the CPU."""
+        return {name: as_stored(self.student, name, weight) for name, weight in self.adapted.merged(parts)}
+
+    def _judged(self, parts: Sequence[Part], tensors: Mapping[str, torch.Tensor] | None = None) -> Judgement:
+        with self.adapted.running_with(self._stored(parts) if tensors is None else tensors):
+            return self.judge.judged()
+
+    def _alone(self, part: Part, everything: Judgement) -> Judgement:
+        return everything if len(self.parts) == 1 else self._judged((part,))
+
+    def _closed(self, judged: Judgement, *, domains: bool = False) -> dict[str, Any]:
+        figures = closed(judged.measured, self.before.sums, judged.sums, self.teacher_sums)
+        return figures if domains else {"loss": figures["loss_after"], "gap_closed": figures["gap_closed"]}
+
+    def _teacher_on_heldout(self, teacher: Cached | Anatomy) -> tuple[Sums, Counts]:
+        """Return the teacher's losses by window and whom its routers choose."""
+        if isinstance(teacher, Cached):
+            return teacher.heldout, teacher.counts
+        with self.learning.routing_as(teacher):
+            judged = self.judge.judged()
+        return judged.sums, judged.counts
 
 
-class _Judge:
-    """Measures ``student`` as it is on held-out text."""
-
-    def __init__(self, student: PreTrainedModel, anatomy: Anatomy, heldout: Corpus, length: int) -> None:
-        self._stream = Stream(Source.of_model(student, anatomy))
-        self._domains = heldout.domains
-        self._batches = list(batches_of(heldout, rows=rows_for(length), device=student.device))
-
-    def measured(self, teacher: Stream, progress: Progress) -> Measurement:
-        return measure(self._stream, self._domains, self._batches, teacher=teacher, progress=progress, label="judging")
-
-    def loss(self) -> float:
-        """Return the mean loss per predicted token."""
-        measured = measure(self._stream, self._domains, self._batches)
-        return float(measured.sums[:, LOSS].sum() / measured.positions.sum())
+def as_stored(student: Stream, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return what writing ``weight`` under the running name ``name`` makes of it, in the dtype it is stored in."""
+    dtypes = {DTYPES[student.anatomy.tensors[piece.source].dtype] for piece in student.stored_parts(name)}
+    rounded = student.as_stored(name, weight.cpu())
+    return rounded.to(dtypes.pop()) if len(dtypes) == 1 else rounded
 
 
-def _loss(model: Any, teacher: PreTrainedModel, batch: Batch, losses: Losses) -> torch.Tensor:
-    logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
-    if losses.objective == "lm":
-        return language_loss(logits, batch.tokens, batch.is_text)
-    return distillation(logits, logits_of(teacher, batch.tokens, batch.mask), batch.is_text, losses.temperature)
-
-
-def _endless(corpus: Corpus, rows: int, seed: int, device: torch.device) -> Iterator[Batch]:
-    """Yield shuffled batches, all domains mixed, epoch after epoch."""
-    rng = np.random.default_rng(seed)
-    while True:
-        order = rng.permutation(len(corpus.windows))
-        for start in range(0, len(order), rows):
-            yield to_batch([corpus.windows[index] for index in order[start : start + rows]], device)
-
-
-def _pace(step: int, steps: int) -> float:
-    """Warm up over a twentieth of the run, then decay with a cosine to a tenth."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _refuse_noise(norm: float) -> None:
+def refuse_noise(norm: float, part: Part = "routers") -> None:
+    """Raise UsageError for a gradient that is what rounding leaves of zero."""
     if not norm > NOISE:
         raise UsageError(
-            f"the gradient at the routers has norm {norm:.1e}, which is rounding noise: this objective does not reach "
+            f"the gradient at the {part} has norm {norm:.1e}, which is rounding noise: this objective does not reach "
             "them; use --objective distill and more than one candidate"
         )

@@ -46,7 +46,7 @@ def test_dry_run_still_refuses(tmp_path: Path) -> None:
 def test_dry_run_of_recover_reads_the_text_and_trains_nothing(
     tmp_path: Path, top1: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moesurgeon.pipeline.recover.load_model", pytest.fail)
+    monkeypatch.setattr("moesurgeon.pipeline.recover.filled", pytest.fail)
     arguments = ("recover", top1[BUILTIN[0]], tmp_path / "out", "--teacher", BUILTIN[0], *TEXT, "--dry-run")
     report = succeeded(*arguments, "--heldout-tokens", "64", "--json").json
     assert (report["tokens"], report["heldout_tokens"]) == (512, 64)

@@ -131,7 +131,8 @@ def test_recover(name: str, out: Path, top1: dict[str, Path]) -> None:
     report = succeeded("recover", top1[name], out, "--teacher", name, *few, "--json").json
     keeps(
         report, teacher=str, tokens=int, heldout_tokens=int, domains=dict, loss_before=float, loss_after=float,
-        teacher_loss=float, gradient_norm=float, log=list, bytes_after=int,
+        teacher_loss=float, gradient_norm=float, log=list, bytes_after=int, shares_weights=bool, adapt=list,
+        domains_closed=dict, parts=dict, usage=dict, steps=int, trained_parameters=int, healed_before=list,
     )  # fmt: skip
     assert report["loss_after"] <= report["loss_before"]
     assert len(report["log"]) == 1 and report["log"][0]["step"] == 2
@@ -139,6 +140,27 @@ def test_recover(name: str, out: Path, top1: dict[str, Path]) -> None:
     shown = succeeded("recover", top1[name], out, "--teacher", name, *few, "--overwrite")
     assert "held-out loss" in shown.out and f"wrote {out}" in shown.out
     assert shown.err == ""
+
+
+@both
+def test_recover_of_routers_and_experts(name: str, out: Path, top1: dict[str, Path]) -> None:
+    few = (*TEXT, "--steps", "2", "--tokens-per-step", "64", "--heldout-tokens", "128", "--judge-every", "1")
+    every = ("--adapt", "full-routers", "--adapt", "experts-all", "--lm", "0.1", "--router-distill", "0.1")
+    more = ("--hidden", "0.1", "--z-loss", "0.01", "--capacity", "2", "--patience", "5", "--recompute")
+    log = out.with_name("log.json")
+    report = succeeded(
+        "recover", top1[name], out, "--teacher", name, *few, *every, *more, "--expert-rate", "0.001", "--warmup", "0.5",
+        "--clip", "0.5", "--log", log, "--allow-noop", "--json",
+    ).json  # fmt: skip
+    assert report["shares_weights"] is True and report["adapt"] == ["full-routers", "experts-all"]
+    assert json.loads(log.read_text()) == report["log"]
+    assert {"kl", "lm", "router", "hidden", "z", "balance", "loss", "heldout", "usage", "step"} == set(report["log"][0])
+    assert set(report["usage"]["after"]) == set(report["log"][0]["usage"])
+    log.unlink()
+    shown = succeeded(
+        "recover", top1[name], out, "--teacher", name, *few, *every, *more, "--overwrite", "--allow-noop"
+    ).out
+    assert "entropy of use" in shown and "over a capacity of 1.25" in shown
 
 
 @both

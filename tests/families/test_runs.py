@@ -18,8 +18,10 @@ from moesurgeon.errors import CheckpointError
 from moesurgeon.families import FAMILIES
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.profiling.collector import follows_rule
-from moesurgeon.recovery.adapters import adapt_routers, adapted_routers
+from moesurgeon.recovery.adapters import Adapted
 from moesurgeon.recovery.estimator import learning_routers
+from moesurgeon.recovery.targets import targets_of
+from tests.engine.small import source_of
 from tests.families.conftest import Stock
 from tests.families.factory import MODEL_TYPES
 from tests.families.running import logits_of, tokens_for
@@ -59,18 +61,30 @@ def test_what_runs_is_measured_and_learns(stock: Stock, name: str) -> None:
     walk.through()
     for tail in walk.tail():
         assert torch.allclose(tail.logits(stream, 0, 0, 20), expected, atol=1e-5)
-    with learning_routers(model, subject.anatomy, candidates=None) as routed:
-        adapted = adapt_routers(model, subject.anatomy, rank=2)
-        logits = adapted(input_ids=tokens, use_cache=False).logits
+    with learning_routers(model, subject.anatomy, candidates=None) as learning:
+        adapted = Adapted(model, targets_of(model, subject.anatomy, ("routers", "experts-all")), rank=2)
+        logits = adapted.model(input_ids=tokens, use_cache=False).logits
         assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
-        assert len(routed) == len(subject.anatomy.moe_layers)
+        assert len(learning.routed) == len(subject.anatomy.moe_layers)
         logits.square().mean().backward()
-        trained = {key: value for key, value in adapted.named_parameters() if value.requires_grad}
-        assert len(trained) == 2 * len(routed)
-        assert all(value.grad.abs().max() > 0 for key, value in trained.items() if "lora_B" in key)
-        assert {layer: tuple(weight.shape) for layer, weight in adapted_routers(adapted, subject.anatomy).items()} == (
-            dict.fromkeys(subject.anatomy.moe_layers, (8, 64))
-        )
+        for key, value in adapted.model.named_parameters():
+            assert value.requires_grad == ("lora_" in key)
+            if "lora_B" in key:
+                assert value.grad is not None and value.grad.abs().max() > 0
+        with torch.no_grad():
+            for weight in adapted.weights():
+                weight.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(weight.numel()))
+        moved = our_logits(model, tokens, None)
+        assert (moved - expected).abs().max() > 1e-4
+        # Merged under the names and in the shapes of the checkpoint's tensors, the weights are what ran.
+        plain = load_model(subject.checkpoint, subject.anatomy, Placement(torch.device("cpu"), torch.float32))
+        merged, places = dict(adapted.merged()), Stream(source_of(subject))
+        assert len(merged) == 3 * len(subject.anatomy.moe_layers)
+        for parameter, weight in merged.items():
+            assert torch.equal(places.as_stored(parameter, weight), weight)
+            plain.get_parameter(parameter).data.copy_(weight)
+        again = our_logits(plain, tokens, None)
+        assert (again - moved).abs().max() <= 1e-4 * max(1.0, float(moved.abs().max()))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -136,14 +136,15 @@ def _traced(
             traced.outputs.append(output)
 
         handles.append(block.experts.register_forward_hook(keep))
-    with learning_routers(model, subject.anatomy, candidates=candidates) as routed:
+    with learning_routers(model, subject.anatomy, candidates=candidates) as learning:
         value = loss()
-        for layer in routed:
+        for layer in learning.routed:
             layer.logits.retain_grad()
         value.backward()
     for handle in handles:
         handle.remove()
-    traced.logits, traced.chosen = [layer.logits for layer in routed], [layer.chosen for layer in routed]
+    traced.logits = [layer.logits for layer in learning.routed]
+    traced.chosen = [layer.chosen for layer in learning.routed]
     return traced
 
 
@@ -233,11 +234,11 @@ def test_a_selection_bias_takes_part_in_the_balancing_loss(tmp_path: Path) -> No
     """What is balanced is the choice that the block makes."""
     subject = saved(small_model("deepseek_v3", num_hidden_layers=2), tmp_path / "model")
     model = running(subject)
-    with learning_routers(model, subject.anatomy, candidates=None) as routed:
+    with learning_routers(model, subject.anatomy, candidates=None) as learning:
         model(input_ids=torch.arange(60).reshape(3, 20), use_cache=False)
     (block,) = moe_blocks(model, subject.anatomy)
     routing = routing_of(subject.anatomy)
-    scores = routing.scores(routed[0].logits.detach())
+    scores = routing.scores(learning.routed[0].logits.detach())
     chosen = routing.choose(scores, selection_bias(block), subject.anatomy.top_k)
-    assert torch.equal(routed[0].chosen, chosen)
-    assert not torch.equal(routed[0].chosen, routing.choose(scores, None, subject.anatomy.top_k))
+    assert torch.equal(learning.routed[0].chosen, chosen)
+    assert not torch.equal(learning.routed[0].chosen, routing.choose(scores, None, subject.anatomy.top_k))

@@ -12,7 +12,7 @@ from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.pipeline.recipe import Recipe, RecoverStep, RetopStep, read_recipe
 from moesurgeon.recovery.objective import Losses
-from moesurgeon.recovery.train import Schedule
+from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.surgery.retop import RetopSpec
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -40,8 +40,12 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
           - profile:
           - prune: {ratio: 0.1, protect: [code=0.3, low-support], virtual: true}
           - recover:
-              losses: {objective: lm, balance: 0.5, temperature: 2.0}
-              schedule: {steps: 5, tokens_per_step: 64, learning_rate: 1.0e-4, rank: 2, judge_every: 2, seed: 1}
+              adapt: [full-routers, experts]
+              changed: 0.1
+              losses: {objective: lm, balance: 0.5, temperature: 2.0, router: 0.1, hidden: 0.2, z: 0.3}
+              schedule: {steps: 5, tokens_per_step: 64, learning_rate: 1.0e-4, rank: 2, judge_every: 2, seed: 1,
+                patience: 3, capacity: 1.25, recompute: true, expert_rate: 0.5, warmup: 0.1, clip: 2.0}
+              log: steps.csv
               max_tokens: 4000
               heldout_tokens: 500
               allow_noop: true
@@ -64,10 +68,12 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
     assert recipe.steps[5].prune == PruneSpec(ratio=0.1, protect=("code=0.3", "low-support"), virtual=True)
     recover = recipe.steps[6].recover
     assert recover is not None
-    assert recover.losses == Losses(objective="lm", balance=0.5, temperature=2.0)
+    assert recover.losses == Losses(objective="lm", balance=0.5, temperature=2.0, router=0.1, hidden=0.2, z=0.3)
+    assert (recover.adapt, recover.changed, recover.log) == (("full-routers", "experts"), 0.1, Path("steps.csv"))
     assert recover.schedule == Schedule(
-        steps=5, tokens_per_step=64, learning_rate=1e-4, rank=2, judge_every=2, candidates=None, seed=1
-    )
+        steps=5, tokens_per_step=64, learning_rate=1e-4, rank=2, judge_every=2, candidates=None, seed=1, patience=3,
+        capacity=1.25, recompute=True, expert_rate=0.5, warmup=0.1, clip=2.0,
+    )  # fmt: skip
     assert (recover.max_tokens, recover.heldout_tokens, recover.allow_noop) == (4000, 500, True)
 
 

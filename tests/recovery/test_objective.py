@@ -8,10 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+from moesurgeon.engine.batches import Batch
 from moesurgeon.engine.routing import Routing
 from moesurgeon.errors import UsageError
 from moesurgeon.recovery.estimator import Routed
-from moesurgeon.recovery.objective import balance_loss, distillation, language_loss, refuse_without_gradient
+from moesurgeon.recovery.objective import (
+    Losses,
+    balance_loss,
+    distillation,
+    hidden_loss,
+    language_loss,
+    refuse_without_gradient,
+    router_distillation,
+    z_loss,
+)
+from moesurgeon.recovery.teacher import Said
+from moesurgeon.recovery.terms import Heard, terms_of
 from moesurgeon.surgery.anatomy import Anatomy, examine
 from tests.engine.small import FAMILIES, small_model
 
@@ -96,6 +108,68 @@ def test_the_balancing_loss_pulls_away_from_the_favourite() -> None:
     assert (logits.grad[:, 1:] < 0).all()
 
 
+def _distribution(scoring: str, values: np.ndarray) -> np.ndarray:
+    scores = np.exp(values) if scoring == "softmax" else 1 / (1 + np.exp(-values))
+    return scores / scores.sum()
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_router_distillation_is_the_divergence_of_the_scores(scoring: str) -> None:
+    routed = [Routed(torch.randn(21, 5, generator=RANDOM), torch.zeros(21, 1, dtype=torch.long)) for _ in range(2)]
+    rows = TEXT.flatten()
+    teacher = [torch.randn(int(rows.sum()), 5, generator=RANDOM) for _ in range(2)]
+    total = []
+    for layer, wanted in zip(routed, teacher, strict=True):
+        for mine, theirs in zip(layer.logits[rows].double().numpy(), wanted.double().numpy(), strict=True):
+            p, q = _distribution(scoring, mine), _distribution(scoring, theirs)
+            total.append(float((q * np.log(q / p)).sum()))
+    assert float(router_distillation(_routing(scoring), routed, teacher, TEXT)) == pytest.approx(
+        np.mean(total), rel=1e-5
+    )
+    same = [layer.logits[rows] for layer in routed]
+    assert float(router_distillation(_routing(scoring), routed, same, TEXT)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_z_loss_is_the_mean_square_of_the_log_sum() -> None:
+    routed = [Routed(torch.randn(21, 5, generator=RANDOM), torch.zeros(21, 1, dtype=torch.long)) for _ in range(2)]
+    logits = np.concatenate([layer.logits[TEXT.flatten()].double().numpy() for layer in routed])
+    assert float(z_loss(routed, TEXT)) == pytest.approx(np.mean(np.log(np.exp(logits).sum(-1)) ** 2), rel=1e-5)
+
+
+def test_the_hidden_loss_is_relative_to_the_teacher_layer_by_layer() -> None:
+    student = [torch.randn(3, 7, 4, generator=RANDOM) for _ in range(2)]
+    teacher = [scale * torch.randn(int(TEXT.sum()), 4, generator=RANDOM) for scale in (1.0, 100.0)]
+    expected = [
+        float((mine[TEXT] - wanted).double().square().sum() / wanted.double().square().sum())
+        for mine, wanted in zip(student, teacher, strict=True)
+    ]
+    assert float(hidden_loss(student, teacher, TEXT)) == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("routers", [True, False])
+def test_terms_are_added_with_their_coefficients(routers: bool) -> None:
+    """What is for routers is left out where none are trained."""
+    batch = Batch("text", (), TOKENS, TEXT.long())
+    routed = [Routed(torch.randn(21, 5, generator=RANDOM), torch.zeros(21, 1, dtype=torch.long))]
+    said = Said(
+        logits=TEACHER,
+        routers=[torch.randn(int(TEXT.sum()), 5, generator=RANDOM)],
+        hidden=[torch.randn(int(TEXT.sum()), 4, generator=RANDOM)],
+    )
+    heard = Heard(STUDENT, routed, [torch.randn(3, 7, 4, generator=RANDOM)])
+    losses = Losses(temperature=2.0, lm=0.3, router=0.5, hidden=0.7, balance=0.2, z=0.1)
+    terms = terms_of(losses, _routing(), heard, said, batch, routers=routers)
+    each = terms.figures
+    assert each["kl"] == pytest.approx(float(distillation(STUDENT, TEACHER, TEXT, 2.0)))
+    main = each["kl"] + 0.3 * each["lm"] + 0.5 * each["router"] + 0.7 * each["hidden"]
+    assert float(terms.main) == pytest.approx(main, rel=1e-6) == pytest.approx(each["loss"], rel=1e-6)
+    beside = 0.2 * each["balance"] + 0.1 * each["z"] if routers else 0.0
+    assert float(terms.beside) == pytest.approx(beside, rel=1e-6)
+    plain = terms_of(Losses(objective="lm", lm=9.0), _routing(), heard, Said(), batch, routers=routers)
+    assert float(plain.main) == pytest.approx(float(language_loss(STUDENT, TOKENS, TEXT)), rel=1e-6)
+    assert set(plain.figures) == {"loss", "lm", "balance"}
+
+
 def _anatomy(family: str, **changes: Any) -> Anatomy:
     """The anatomy of a small model as transformers would save it, by its config alone."""
     config = small_model(family, **changes).config.to_dict()
@@ -119,14 +193,17 @@ ALIVE = [
 def test_the_plain_loss_is_refused_for_a_renormalised_top_1(family: str, changes: dict[str, Any]) -> None:
     anatomy = _anatomy(family, num_experts_per_tok=1, **changes)
     with pytest.raises(UsageError, match="use --objective distill"):
-        refuse_without_gradient(anatomy, "lm")
-    refuse_without_gradient(anatomy, "distill")
-    refuse_without_gradient(_anatomy(family, num_experts_per_tok=2, **changes), "lm")
+        refuse_without_gradient(anatomy, Losses(objective="lm"))
+    refuse_without_gradient(anatomy, Losses())
+    # What reaches the router by another way, and what trains no router.
+    refuse_without_gradient(anatomy, Losses(objective="lm", router=0.1))
+    refuse_without_gradient(anatomy, Losses(objective="lm"), ("experts",))
+    refuse_without_gradient(_anatomy(family, num_experts_per_tok=2, **changes), Losses(objective="lm"))
 
 
 @pytest.mark.parametrize(("family", "changes"), ALIVE)
 def test_it_is_accepted_where_the_weight_depends_on_the_router(family: str, changes: dict[str, Any]) -> None:
-    refuse_without_gradient(_anatomy(family, num_experts_per_tok=1, **changes), "lm")
+    refuse_without_gradient(_anatomy(family, num_experts_per_tok=1, **changes), Losses(objective="lm"))
 
 
 def test_every_family_is_one_or_the_other() -> None:

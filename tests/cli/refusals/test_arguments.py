@@ -22,7 +22,7 @@ def test_top_k(out: Path) -> None:
 @pytest.mark.parametrize("command", ["retop", "prune", "recover"])
 def test_unknown_layout(command: str, out: Path, profiles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     # Before any work: recover must not train first.
-    monkeypatch.setattr("moesurgeon.pipeline.recover.load_model", pytest.fail)
+    monkeypatch.setattr("moesurgeon.pipeline.recover.filled", pytest.fail)
     arguments = {
         "retop": ["retop", MIXTRAL, out],
         "prune": ["prune", MIXTRAL, out, "--keep", "6", "--profile", profiles[MIXTRAL]],
@@ -36,6 +36,18 @@ def test_recover_arguments(out: Path, top1: dict[str, Path]) -> None:
     command = ("recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT)
     refused(USAGE, *command, "--objective", "lm", says=("top-1 Mixtral", "use --objective distill"))
     refused(USAGE, *command, "--objective", "hope", says=("--objective", "hope"))
+    refused(USAGE, *command, "--adapt", "heads", says=("--adapt heads", "full-routers"))
+    refused(USAGE, *command, "--adapt", "routers", "--adapt", "full-routers", says=("exclude each other",))
+    refused(USAGE, *command, "--changed", "0.1", says=("--changed", "add --adapt experts"))
+    refused(USAGE, *command, "--log", out.with_name("log.txt"), says=("says no format", ".csv"))
+    refused(USAGE, *command, "--log", out / "log.csv", says=("there is no folder",))
+    refused(USAGE, *command, "--tensorboard", out, says=("needs the package tensorboard", "pip install"))
+    refused(USAGE, *command, "--max-memory", "1MB", says=("needs about", "--max-memory leaves 0", "--recompute"))
+    mine = out.with_name("mine.csv")
+    mine.write_text("mine")
+    refused(USAGE, *command, "--log", mine, says=("mine.csv exists", "--overwrite"))
+    assert mine.read_text() == "mine"
+    mine.unlink()
     refused(USAGE, "recover", MIXTRAL, out, says=("--teacher",))
     for split in ("validation", "all"):
         refused(USAGE, *command, "--split", split, says=("would train on the text that judges", "use train"))

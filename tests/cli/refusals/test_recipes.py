@@ -39,6 +39,9 @@ from tests.cli.refusals.places import INPUT, MIXTRAL, USAGE
         ("checkpoint: c\nsteps: [{recover: {schedule: {learning_rate: .nan}}}]", ("learning_rate",)),
         ("checkpoint: c\nsteps: [{recover: {losses: {objective: hope}}}]", ("losses.objective", "distill")),
         ("checkpoint: c\nsteps: [{recover: {losses: {temperature: 0}}}]", ("losses.temperature",)),
+        ("checkpoint: c\nsteps: [{recover: {adapt: []}}]", ("recover.adapt", "at least 1")),
+        ("checkpoint: c\nsteps: [{recover: {adapt: [heads]}}]", ("recover.adapt", "full-routers")),
+        ("checkpoint: c\nsteps: [{recover: {schedule: {capacity: 0}}}]", ("schedule.capacity", "greater")),
         ("checkpoint: c\ntext: {split: mine}\nsteps: [{retop: {}}]", ("text.split", "calibration")),
         ("checkpoint: c\nreport_tokens: 0\nsteps: [{retop: {}}]", ("report_tokens", "greater")),
         ("checkpoint: nowhere\nsteps: [{retop: {}}]", ("nowhere does not exist", "give the folder")),
@@ -61,6 +64,8 @@ def test_malformed_recipe(text: str, says: tuple[str, ...], out: Path, tmp_path:
         ("steps: [{profile: {}}, {prune: {keep: 6, virtual: true}}]", ("needs a bias", "leave --virtual out")),
         ("steps: [{profile: {}}, {prune: {keep: 6}}, {profile: {}}, {prune: {keep: 7}}]", ("cannot keep 7", "has 6")),
         ("steps: [{retop: {}}, {recover: {losses: {objective: lm}}}]", ("top-1 Mixtral", "distill")),
+        ("steps: [{retop: {}}, {recover: {adapt: [routers, full-routers]}}]", ("exclude each other",)),
+        ("steps: [{retop: {}}, {recover: {log: steps.txt}}]", ("steps.txt", "no format")),
         ("running: {device: abacus}\nsteps: [{retop: {}}]", ("abacus",)),
         ("running: {dtype: int4}\nsteps: [{retop: {}}]", ("int4", "bfloat16")),
         ("text: {length: 4096}\nsteps: [{retop: {}}]", ("4096", "context")),
@@ -84,3 +89,12 @@ def test_recipe_that_is_no_file(out: Path, tmp_path: Path) -> None:
     refused(INPUT, "run", tmp_path, "-o", out, says=("cannot be read", "give the path"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     refused(INPUT, "run", tmp_path / "binary.yaml", "-o", out, says=("not valid YAML",))
+
+
+def test_recipe_with_a_log_that_exists(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesurgeon.pipeline.evaluate.ready", pytest.fail)
+    path, log = tmp_path / "recipe.yaml", tmp_path / "log.csv"
+    log.write_text("mine")
+    path.write_text(f"checkpoint: {MIXTRAL}\nsteps: [{{retop: {{}}}}, {{recover: {{log: {log}}}}}]\n")
+    refused(USAGE, "run", path, "-o", out, says=("log.csv} exists", "remove it"))
+    assert log.read_text() == "mine"

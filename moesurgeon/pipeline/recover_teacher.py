@@ -1,0 +1,154 @@
+"""The teacher of a recovery: whether it is the student itself, which experts both have, and what it said once."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import moesurgeon
+from moesurgeon.checkpoint.compare import same_tensors
+from moesurgeon.engine.device import Placement
+from moesurgeon.engine.whole import load_model
+from moesurgeon.errors import UsageError
+from moesurgeon.families.keys import count_of
+from moesurgeon.pipeline.provenance import history_of
+from moesurgeon.pipeline.subject import Subject
+from moesurgeon.progress import Progress
+from moesurgeon.recovery.objective import Losses
+from moesurgeon.recovery.teacher import KEPT
+from moesurgeon.recovery.teacher_cache import Cached, fill_cache, is_cached
+from moesurgeon.surgery.numbering import source_experts
+from moesurgeon.surgery.retop import RetopSpec, plan_retop
+from moesurgeon.traces.windows import Corpus
+
+
+def shares_weights(student: Subject, teacher: Subject) -> bool:
+    """Whether ``student`` is ``teacher`` with at most another top-k: the same tensors, compared byte by byte."""
+    if student.identity.tensors != teacher.identity.tensors:
+        return False
+    config, top_k = teacher.checkpoint.config, student.anatomy.top_k
+    if student.checkpoint.config != config:
+        if not top_k < teacher.anatomy.top_k or teacher.anatomy.family.fixed_top_k is not None:
+            return False
+        edited = plan_retop(teacher.anatomy, RetopSpec(top_k=top_k)).edited_config(config)
+        if student.checkpoint.config != edited:
+            return False
+    return same_tensors(student.checkpoint, teacher.checkpoint)
+
+
+def refuse_other_model(student: Subject, teacher: Subject, losses: Losses) -> None:
+    """Raise UsageError for a teacher that the student cannot learn from token by token."""
+    mine, theirs = (_vocabulary(one) for one in (student, teacher))
+    if mine != theirs:
+        raise UsageError(
+            f"vocabularies differ ({mine} and {theirs} tokens): "
+            "only checkpoints with the same tokenizer can be compared"
+        )
+    here, there = ((one.anatomy.layers, one.anatomy.hidden) for one in (student, teacher))
+    if losses.hidden and here != there:
+        raise UsageError(
+            f"hidden states cannot be matched: the teacher has {there[0]} layers of width {there[1]}, the student "
+            f"{here[0]} of {here[1]}; leave --hidden out"
+        )
+
+
+def _vocabulary(subject: Subject) -> int:
+    """Return how many tokens have an embedding; what config.json says of it is checked when the model is built."""
+    stored = subject.anatomy.tensors.get(subject.anatomy.family.embedding)
+    return count_of(subject.anatomy.config, "vocab_size", 0) if stored is None else stored.shape[0]
+
+
+def experts_of_teacher(student: Subject, teacher: Subject) -> dict[int, Sequence[int]] | None:
+    """Return by layer the teacher's numbers of the student's experts, in the student's order; None if not known.
+
+    They are known where ``moesurgeon.json`` says how the student came from the teacher, or where both have as many.
+    """
+    mine, theirs = student.anatomy, teacher.anatomy
+    if mine.moe_layers != theirs.moe_layers:
+        return None
+    history = history_of(student)
+    starts = [number for number, step in enumerate(history) if step["source"].get("fingerprint") == teacher.fingerprint]
+    if starts:
+        record = [operation for step in history[starts[-1] :] for operation in step["operations"]]
+        found = {layer: source_experts(record, layer, theirs.experts) for layer in mine.moe_layers}
+        if all(len(experts) == mine.experts for experts in found.values()):
+            return {layer: experts for layer, experts in found.items()}
+    if mine.experts == theirs.experts:
+        return dict.fromkeys(mine.moe_layers, range(mine.experts))
+    return None
+
+
+def healed_before(student: Subject) -> list[dict[str, object]]:
+    """Return what healing in the student's history closed of the gap, each on its own held-out text."""
+    found = []
+    for step in history_of(student):
+        for operation in step["operations"]:
+            loss = operation.get("heldout") if operation.get("operation") == "heal" else None
+            if isinstance(loss, Mapping) and {"bare", "healed", "teacher"} <= loss.keys():
+                gap = loss["bare"] - loss["teacher"]
+                closed = (loss["bare"] - loss["healed"]) / gap if gap > 0 else None
+                found.append({"method": operation.get("method"), "heldout": dict(loss), "gap_closed": closed})
+    return found
+
+
+def said_by(
+    teacher: Subject,
+    folder: Path,
+    text: Corpus,
+    heldout: Corpus,
+    losses: Losses,
+    experts: Mapping[int, Sequence[int]] | None,
+    *,
+    placement: Placement,
+    length: int,
+    progress: Progress,
+) -> Cached:
+    """Return what ``teacher`` says of the text, from ``folder`` if it was said before.
+
+    The teacher is in memory only meanwhile.
+    """
+    digest = cache_digest(teacher, text, heldout, losses, placement=placement, length=length)
+    place = folder / f"teacher-{digest[:16]}"
+    if not is_cached(place, digest):
+        model = load_model(teacher.checkpoint, teacher.anatomy, placement)
+        fill_cache(
+            place,
+            digest,
+            model,
+            teacher.anatomy,
+            corpus=text,
+            heldout=heldout,
+            losses=losses,
+            length=length,
+            progress=progress,
+        )
+        del model
+        gc.collect()  # modules and their parents refer to each other
+    return Cached(place, text, experts if losses.router else None)
+
+
+def cache_digest(
+    teacher: Subject, text: Corpus, heldout: Corpus, losses: Losses, *, placement: Placement, length: int
+) -> str:
+    """Return a hash of all that the cache depends on."""
+    facts = {
+        "version": moesurgeon.__version__,
+        "teacher": teacher.fingerprint,
+        "shards": {shard: header.state for shard, header in teacher.checkpoint.headers.items()},
+        "text": [tokens_digest(text), tokens_digest(heldout), length],
+        "asked": [losses.objective, losses.temperature, losses.router > 0, losses.hidden > 0, KEPT],
+        "placement": str(placement),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def tokens_digest(corpus: Corpus) -> str:
+    """Return a hash of the windows of ``corpus``, in order."""
+    digest = hashlib.sha256()
+    for window in corpus.windows:
+        digest.update(f"\n{window.domain} {window.document} {window.start} {len(window.tokens)}\n".encode())
+        digest.update(window.tokens.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,59 @@
+"""What a recovery is asked to do, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moesurgeon.recovery.objective import Losses
+from moesurgeon.recovery.schedule import Schedule
+from moesurgeon.recovery.targets import Adapt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is to be done. ``adapt``: what is trained; ``changed``: of experts only those whose traffic differs from
+    the teacher's by more than this share of it; ``experts``: by layer the teacher's numbers of the student's experts,
+    None where they are not known."""
+
+    adapt: tuple[Adapt, ...] = ("routers",)
+    losses: Losses = field(default_factory=Losses)
+    schedule: Schedule = field(default_factory=Schedule)
+    changed: float | None = None
+    experts: Mapping[int, Sequence[int]] | None = None
+    length: int = 512
+
+
+@dataclass
+class Recovered:
+    """``tensors``: the best weights by running name, as they will be stored; None if nothing beat the start.
+
+    ``gradient_norm``: at the routers (at the experts, if no router is trained) of the objective alone, without the
+    balancing and z losses, at the first step. ``parts``: the loss with only one part of what was trained.
+    """
+
+    tensors: dict[str, torch.Tensor] | None
+    closed: dict[str, Any]
+    gradient_norm: float
+    trained: int
+    steps: int = 0
+    parts: dict[str, Any] = field(default_factory=dict)
+    usage: dict[str, Any] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report: figures of all text, then by domain, part and layer."""
+        figures = dict(self.closed)
+        return {
+            **{name: figures[name] for name in ("loss_before", "loss_after", "teacher_loss", "gap_closed", "interval")},
+            "domains_closed": figures["domains"],
+            "parts": self.parts,
+            "gradient_norm": self.gradient_norm,
+            "trained_parameters": self.trained,
+            "steps": self.steps,
+            "usage": self.usage,
+            "log": self.log,
+        }

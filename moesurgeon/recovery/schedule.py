@@ -1,0 +1,65 @@
+"""Length, pace and economy of a recovery."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from moesurgeon.engine.batches import Batch, to_batch
+from moesurgeon.traces.windows import Corpus
+
+_Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Length and pace of the training. ``candidates``: experts that get a gradient; None: all.
+
+    Whole routers are trained at a tenth of ``learning_rate``. ``expert_rate``: peak learning rate of what is trained of
+    experts (None: ``learning_rate``). ``warmup``: share of
+    the steps in which rates rise, before they fall with a cosine to a tenth. ``clip``: the largest norm of the
+    gradient. ``patience``: judgements without a better state after which it ends (None: never before the last step).
+    ``capacity``: factor beyond which choices are dropped while training (None: nothing is). ``recompute``: layers run
+    again in the backward pass, for memory. The bounds are for recipes; the command line has its own.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 200
+    tokens_per_step: Annotated[int, Field(ge=8)] = 4096
+    learning_rate: _Rate = 3e-3
+    expert_rate: _Rate | None = None
+    rank: Annotated[int, Field(ge=1)] = 4
+    judge_every: Annotated[int, Field(ge=1)] = 50
+    patience: Annotated[int, Field(ge=1)] | None = None
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    clip: _Factor = 1.0
+    candidates: Annotated[int, Field(ge=1)] | None = None
+    capacity: _Factor | None = None
+    recompute: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+def endless(corpus: Corpus, rows: int, seed: int, device: torch.device, *, done: int = 0) -> Iterator[Batch]:
+    """Yield shuffled batches, all domains mixed, epoch after epoch; those of the first ``done`` steps are left out."""
+    rng = np.random.default_rng(seed)
+    number = 0
+    while True:
+        order = rng.permutation(len(corpus.windows))
+        for start in range(0, len(order), rows):
+            number += 1
+            if number > done:
+                yield to_batch([corpus.windows[index] for index in order[start : start + rows]], device)
+
+
+def pace(step: int, steps: int, warmup: float = 0.05) -> float:
+    """Warm up over this share of the run, then decay with a cosine to a tenth."""
+    warm = max(1, int(steps * warmup))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

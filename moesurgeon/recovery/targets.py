@@ -1,0 +1,104 @@
+"""What recovery trains: routers and experts of a running model, by the parameters that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from moesurgeon.engine.model import moe_blocks
+from moesurgeon.engine.streams import Stream
+from moesurgeon.errors import CheckpointError, UsageError
+from moesurgeon.surgery.anatomy import Anatomy
+
+Adapt = Literal["routers", "full-routers", "experts", "experts-all"]
+"""``routers``: low-rank adapters on them; ``full-routers``: their weights themselves; ``experts``: low-rank adapters
+on the down projections; ``experts-all``: on all three matrices."""
+Part = Literal["routers", "experts"]
+PARTS: tuple[Part, ...] = ("routers", "experts")
+
+WRITABLE = ("BF16", "F16", "F32")
+"""The dtypes, as safetensors spells them, in which something trained can be written."""
+Experts = Mapping[int, frozenset[int]]
+"""By layer, the experts that are trained."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The parameter ``parameter`` of ``module``, which the running model calls ``name``.
+
+    ``low_rank``: it gets an adapter; else it is trained itself.
+    """
+
+    name: str
+    layer: int
+    part: Part
+    module: nn.Module
+    parameter: str
+    low_rank: bool
+
+    @property
+    def weight(self) -> nn.Parameter:
+        found: nn.Parameter = getattr(self.module, self.parameter)
+        return found
+
+
+def check_adapt(adapt: Sequence[str]) -> None:
+    """Raise UsageError for names that say nothing, or two things at once."""
+    if not adapt:
+        raise UsageError("nothing is named to train; give --adapt routers, full-routers, experts or experts-all")
+    known = Adapt.__args__  # type: ignore[attr-defined]
+    for name in adapt:
+        if name not in known:
+            raise UsageError(f"--adapt {name} is not one of {', '.join(known)}")
+    for pair in (("routers", "full-routers"), ("experts", "experts-all")):
+        if set(pair) <= set(adapt):
+            raise UsageError(f"--adapt {pair[0]} and --adapt {pair[1]} exclude each other; give one of them")
+
+
+def parts_of(adapt: Collection[str]) -> tuple[Part, ...]:
+    """Return which parts of the model ``adapt`` trains.
+
+    >>> parts_of(("experts-all", "full-routers"))
+    ('routers', 'experts')
+    """
+    return tuple(part for part in PARTS if any(part in name for name in adapt))
+
+
+def targets_of(model: nn.Module, anatomy: Anatomy, adapt: Sequence[Adapt]) -> list[Target]:
+    """Return the parameters of ``model`` that ``adapt`` names, routers first.
+
+    Raises CheckpointError where a family holds its experts otherwise than as one parameter [E, .., ..].
+    """
+    check_adapt(adapt)
+    blocks = moe_blocks(model, anatomy)
+    found = []
+    if "routers" in parts_of(adapt):
+        for block in blocks:
+            name = f"{block.name}.{anatomy.family.router_module}.weight"
+            found.append(Target(name, block.layer, "routers", block.router, "weight", "routers" in adapt))
+    if "experts" in parts_of(adapt):
+        for block in blocks:
+            for parameter in ("down_proj", "gate_up_proj") if "experts-all" in adapt else ("down_proj",):
+                held = getattr(block.experts, parameter, None)
+                if not isinstance(held, nn.Parameter) or held.dim() != 3 or len(held) != anatomy.experts:
+                    raise CheckpointError(
+                        f"the experts of {anatomy.family.title} are not held as one {parameter}, so they cannot be "
+                        "adapted; train the routers alone"
+                    )
+                name = f"{block.name}.{anatomy.family.experts_module}.{parameter}"
+                found.append(Target(name, block.layer, "experts", block.experts, parameter, True))
+    return found
+
+
+def refuse_unwritable(student: Stream, targets: Sequence[Target]) -> None:
+    """Raise CheckpointError now if a trained value could not be stored as the checkpoint stores it."""
+    for target in targets:
+        for piece in student.stored_parts(target.name):
+            dtype = student.anatomy.tensors[piece.source].dtype
+            if dtype not in WRITABLE or piece.scale is not None:
+                raise CheckpointError(
+                    f"{piece.source} is stored as {dtype}; only {', '.join(WRITABLE)} can be trained: convert it"
+                )
