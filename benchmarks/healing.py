@@ -27,11 +27,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # as `python benchmarks/healing.py`
 
 from moesurgeon.healing.pace import Method, Pace
-from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.evaluate import evaluate
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.surgery.retop import RetopSpec
 

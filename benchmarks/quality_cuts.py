@@ -18,11 +18,12 @@ from moesurgeon.engine.batches import batches_of, rows_for
 from moesurgeon.engine.streams import Overlay, Stream
 from moesurgeon.errors import UsageError
 from moesurgeon.healing.pace import Pace
-from moesurgeon.pipeline.choice import PruneSpec, choose_by
+from moesurgeon.pipeline.choice import choose_by
 from moesurgeon.pipeline.heal import Healer, healer
 from moesurgeon.pipeline.healed_choice import settled
 from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.pipeline.profile import ProfileOutput, profile
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.text import read_text, window_length
 from moesurgeon.profiling.artefact import Profile, load_profile

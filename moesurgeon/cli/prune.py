@@ -133,9 +133,9 @@ def command(
     def work(progress: Progress) -> Report:
         if explain and profile is None:
             raise UsageError("--explain tells what a profile says of the experts that go: give --profile")
-        from moesurgeon.pipeline.choice import PruneSpec
         from moesurgeon.pipeline.options import Running, Writing
         from moesurgeon.pipeline.prune import prune
+        from moesurgeon.pipeline.prune_spec import PruneSpec
 
         spec = PruneSpec(
             profile=profile,

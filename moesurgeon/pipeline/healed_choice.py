@@ -17,8 +17,9 @@ from moesurgeon.engine.walk import Layer, Walk
 from moesurgeon.healing.bound import bare_errors, inner_of
 from moesurgeon.healing.sample import Sample, take_sample
 from moesurgeon.healing.trials import Left, Trials
-from moesurgeon.pipeline.choice import HEALED, Choice
+from moesurgeon.pipeline.choice import Choice
 from moesurgeon.pipeline.explained import explain_choice
+from moesurgeon.pipeline.prune_spec import HEALED
 from moesurgeon.pipeline.weighing import weigh_support
 from moesurgeon.profiling.sample import sampled_rows
 from moesurgeon.profiling.statistics import Statistics

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.errors import NothingToDo
-from moesurgeon.pipeline.choice import Choice, PruneSpec, choose, plan_chosen
+from moesurgeon.pipeline.choice import Choice, choose, plan_chosen
 from moesurgeon.pipeline.options import Running, Writing
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.write import finish_healed, refuse_layout, refuse_output
 from moesurgeon.progress import SILENT, Progress

@@ -20,8 +20,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moesurgeon.errors import InputError
-from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.options import HealSpec, Running, Text
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.targets import Adapt

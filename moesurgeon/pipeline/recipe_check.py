@@ -10,10 +10,10 @@ import numpy as np
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
-from moesurgeon.pipeline.choice import PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
 from moesurgeon.pipeline.heal import check_heal
 from moesurgeon.pipeline.options import HealSpec
+from moesurgeon.pipeline.prune_spec import PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.recipe import Recipe
 from moesurgeon.pipeline.stage_state import counts_of, heal_of
 from moesurgeon.pipeline.subject import open_subject

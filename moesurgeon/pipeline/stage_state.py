@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moesurgeon.errors import UsageError
-from moesurgeon.pipeline.choice import PruneSpec, with_how
+from moesurgeon.pipeline.choice import with_how
 from moesurgeon.pipeline.options import HealSpec
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.selection.choose import count_to_keep
 from moesurgeon.selection.counts import possible_counts, stage_counts
 from moesurgeon.surgery.anatomy import Anatomy

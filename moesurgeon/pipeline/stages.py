@@ -23,12 +23,13 @@ from moesurgeon.errors import GateFailed, UsageError
 from moesurgeon.evaluation.figures import figures_of
 from moesurgeon.evaluation.gate import Gate, failure
 from moesurgeon.evaluation.summary import summarise
-from moesurgeon.pipeline.choice import HEALED, Choice, PruneSpec, choose, choose_by, plan_chosen, refuse_without_healing
+from moesurgeon.pipeline.choice import Choice, choose, choose_by, plan_chosen
 from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
 from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.heal import Healer, healer
 from moesurgeon.pipeline.healed_choice import settled
 from moesurgeon.pipeline.options import Running, Text, Writing
+from moesurgeon.pipeline.prune_spec import HEALED, PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.stage_folder import StageFolder, stage_folder
 from moesurgeon.pipeline.stage_profile import stage_profile
 from moesurgeon.pipeline.stage_state import State, counts_of, heal_of

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from benchmarks.synthetic import Geometry, make_checkpoint
 from moesurgeon.checkpoint.open import CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME
 from moesurgeon.errors import MoeSurgeonError, UsageError
-from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.inspect import inspect
 from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.prune import prune
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.verify import verify
 from moesurgeon.surgery.completeness import problems_of

@@ -12,9 +12,9 @@ import pytest
 from moesurgeon.errors import NothingToDo, OutputError, UsageError
 from moesurgeon.pipeline import recover as pipeline
 from moesurgeon.pipeline import recover_teacher
-from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.prune import prune
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.verify import verify

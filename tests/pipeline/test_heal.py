@@ -14,10 +14,10 @@ from moesurgeon.errors import OutputError, UsageError
 from moesurgeon.healing.pace import Pace
 from moesurgeon.pipeline import heal as module
 from moesurgeon.pipeline import heal_budget
-from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.evaluate import evaluate
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
 from moesurgeon.pipeline.prune import prune
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.verify import verify

@@ -11,11 +11,11 @@ import pytest
 from moesurgeon.errors import NothingToDo, UsageError
 from moesurgeon.pipeline import heal as module
 from moesurgeon.pipeline import heal_budget, healed_choice
-from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.heal import healer
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.verify import verify
 from moesurgeon.profiling.artefact import load_profile

@@ -18,9 +18,9 @@ from moesurgeon.healing.merge import Merger
 from moesurgeon.healing.pace import METHODS, Pace
 from moesurgeon.pipeline import heal as module
 from moesurgeon.pipeline import heal_budget
-from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.options import HealSpec, Running, Writing
 from moesurgeon.pipeline.prune import prune
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.recipe import read_recipe
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.run import RunOutput, run

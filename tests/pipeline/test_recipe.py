@@ -8,8 +8,8 @@ import pytest
 
 from moesurgeon.errors import InputError
 from moesurgeon.healing.pace import Pace
-from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.options import HealSpec, Running, Text
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.recipe import Recipe, RecoverStep, RetopStep, read_recipe
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule

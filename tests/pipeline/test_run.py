@@ -13,10 +13,10 @@ from moesurgeon.cli.run import _show as show
 from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.pipeline import run as module
 from moesurgeon.pipeline.bare import bare_plan
-from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.evaluate import evaluate
 from moesurgeon.pipeline.inspect import inspect
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.recipe import Step
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.run import RunOutput, run

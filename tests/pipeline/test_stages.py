@@ -11,11 +11,11 @@ import pytest
 
 from moesurgeon.errors import GateFailed, InputError, OutputError, UsageError
 from moesurgeon.pipeline import stages as module
-from moesurgeon.pipeline.choice import PruneSpec
 from moesurgeon.pipeline.evaluate import evaluate
 from moesurgeon.pipeline.heal import Healer
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
 from moesurgeon.pipeline.prune import prune
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.stage_folder import StageFolder
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.verify import verify

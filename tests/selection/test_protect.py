@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moesurgeon.errors import ProfileError, UsageError
-from moesurgeon.pipeline.choice import PruneSpec, choose_by
+from moesurgeon.pipeline.choice import choose_by
+from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.profiling.artefact import Profile
 from moesurgeon.profiling.statistics import Statistics
