@@ -92,7 +92,7 @@ def refuse_unusable(target: Path, *, overwrite: bool, sources: tuple[Path, ...] 
 
 def _refuse(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
     for source in sources:
-        if overlap(target, source):
+        if _is_in(target, source) or _is_in(source, target):
             raise UsageError(f"the output {target} and the source {source} overlap; choose a folder of its own")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} exists and is not a folder; choose another output")
@@ -113,16 +113,16 @@ def sync_tree(folder: Path, *, besides: Set[Path] = frozenset()) -> None:
 
 
 def overlap(one: Path, other: Path) -> bool:
-    """Whether one of two folders is the other, or would lie in it."""
-    return _is_in(one, other) or _is_in(other, one)
+    """Whether one of two folders, which need not be there yet, is the other or would lie in it."""
+    real = one.resolve(), other.resolve()
+    named = real[0].is_relative_to(real[1]) or real[1].is_relative_to(real[0])
+    return named or _is_in(one, other) or _is_in(other, one)
 
 
 def _is_in(inner: Path, outer: Path) -> bool:
     """Whether ``inner`` is ``outer`` or would lie below it, whatever links and mounts lead there."""
     real = inner.resolve()
-    if not outer.exists():
-        return real.is_relative_to(outer.resolve())
-    return any(folder.exists() and folder.samefile(outer) for folder in (real, *real.parents))
+    return outer.exists() and any(folder.exists() and folder.samefile(outer) for folder in (real, *real.parents))
 
 
 def _staging(target: Path) -> Path:

@@ -46,6 +46,8 @@ def _qwen2_moe_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
             "its mixtures are not in every layer after the first dense ones",
         ),
         (shared > 0, "it has no shared experts"),
+        (not isinstance(config.get("num_experts_per_tok"), list), "its layers differ in their experts per token"),
+        (not isinstance(config.get("moe_intermediate_size"), list), "its layers differ in the width of their experts"),
     ):
         if not fits:
             raise UsageError(f"this checkpoint cannot be written as Qwen2-MoE: {problem}; leave out --layout")

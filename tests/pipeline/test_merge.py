@@ -64,7 +64,7 @@ def _losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
         assert found is not None
         block = self._student.blocks[layer.number]
         own = block.module.state_dict()
-        values = {name: own[name] * (0.9 if "down" in name else 1) for name in found.values}
+        values = {name: own[name] * 0.9 for name in found.values}
         return replace(found, values=values)
 
     monkeypatch.setattr(Merger, "merged", better)
