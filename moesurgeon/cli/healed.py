@@ -19,6 +19,7 @@ def heal_spec(
     method: Method,
     *,
     tokens: int,
+    heldout: int,
     steps: int,
     router: bool,
     rank: int | None,
@@ -34,7 +35,15 @@ def heal_spec(
             raise UsageError("experts are merged by what they do on text: give --merge with --heal TRACES")
         return None
     pace = Pace(steps=steps, router=router, rank=rank)
-    return HealSpec(traces=tuple(traces), method=method, teacher=teacher, max_tokens=tokens, merge=merge, pace=pace)
+    return HealSpec(
+        traces=tuple(traces),
+        method=method,
+        teacher=teacher,
+        max_tokens=tokens,
+        heldout_tokens=heldout,
+        merge=merge,
+        pace=pace,
+    )
 
 
 def show_choice(report: Report) -> None:

@@ -85,6 +85,7 @@ HealMethod = Annotated[
     typer.Option(help="How layers are healed; distill begins with ridge. none: only measure."),
 ]
 HealTokens = Annotated[int, typer.Option(min=8, help="Tokens to heal on, for all traces together.")]
+HealHeldout = Annotated[int, typer.Option(min=8, help="Tokens of the validation split that judge what is healed.")]
 HealSteps = Annotated[int, typer.Option(min=1, help="Optimiser steps for each layer at most (distill).")]
 HealRouter = Annotated[
     bool,

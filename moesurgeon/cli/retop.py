@@ -55,6 +55,7 @@ def command(
     ] = [],  # noqa: B006 - typer copies it
     heal_method: options.HealMethod = "distill",
     heal_tokens: options.HealTokens = 98304,
+    heal_heldout: options.HealHeldout = 16384,
     heal_steps: options.HealSteps = 600,
     heal_router: options.HealRouter = False,
     heal_rank: options.HealRank = None,
@@ -92,6 +93,7 @@ def command(
             calibrate,
             heal_method,
             tokens=heal_tokens,
+            heldout=heal_heldout,
             steps=heal_steps,
             router=heal_router,
             rank=heal_rank,

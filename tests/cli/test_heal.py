@@ -18,7 +18,7 @@ from tests.cli.test_interrupt import _interrupt as interrupt
 from tests.conftest import BUILTIN
 
 MIXTRAL = "builtin:tiny-mixtral"
-LITTLE = ("--heal-tokens", "2048", "--heal-steps", "3")
+LITTLE = ("--heal-tokens", "2048", "--heal-heldout", "2048", "--heal-steps", "3")
 LAYER = re.compile(
     r"  layer \d: error 0\.\d{4} -> 0\.\d{4} \(ridge 0\.\d{4}( \(left\))?(, distill 0\.\d{4}( \(left\))?)?\)"
 )
@@ -147,7 +147,7 @@ def test_stopped_while_it_heals(
     sign: signal.Signals, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    heal = ("--calibrate", "builtin:json", "--heal-tokens", "1024", "--heal-steps", "1000000")
+    heal = ("--calibrate", "builtin:json", "--heal-tokens", "1024", "--heal-heldout", "1024", "--heal-steps", "1000000")
     code, said, err = interrupt(("retop", MIXTRAL, out, *heal), b"healing", sign)
     assert said == b"" and b"Traceback" not in err
     assert code == (EXIT_INTERRUPTED if sign == signal.SIGINT else -sign)
@@ -164,7 +164,19 @@ def test_killed_with_states_in_files(out: Path, tmp_path: Path) -> None:
     )
     spare = tmp_path / "spare"
     spare.mkdir()
-    arguments = ("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--heal-tokens", "1024", "--heal-steps", "10000")
+    arguments = (
+        "retop",
+        MIXTRAL,
+        out,
+        "--calibrate",
+        "builtin:json",
+        "--heal-tokens",
+        "1024",
+        "--heal-heldout",
+        "1024",
+        "--heal-steps",
+        "10000",
+    )
     environment = {**os.environ, "TMPDIR": str(spare), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=environment)
     deadline = time.monotonic() + 90

@@ -10,7 +10,7 @@ import pytest
 from tests.cli.invoke import contents, refused, succeeded
 
 MIXTRAL = "builtin:tiny-mixtral"
-HEAL = ("--heal", "builtin:json", "--heal-tokens", "1024", "--heal-method", "scale")
+HEAL = ("--heal", "builtin:json", "--heal-tokens", "1024", "--heal-heldout", "1024", "--heal-method", "scale")
 
 
 @pytest.fixture

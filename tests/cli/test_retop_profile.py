@@ -119,7 +119,7 @@ def test_a_budget_is_divided_and_written(inner: dict[str, Path], tmp_path: Path)
 
 def test_it_goes_with_healing(inner: dict[str, Path], tmp_path: Path) -> None:
     command = ("retop", MIXTRAL, tmp_path / "out", "--profile", inner[MIXTRAL], "--per-layer")
-    heal = ("--calibrate", "builtin:json", "--heal-method", "scale", "--heal-tokens", "256")
+    heal = ("--calibrate", "builtin:json", "--heal-method", "scale", "--heal-tokens", "256", "--heal-heldout", "256")
     report = succeeded(*command, *heal, "--json").json
     assert report["per_layer"] and report["collapse"] and len(report["healing"]) == 4
 

@@ -21,7 +21,7 @@ from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.verify import verify
 
 TRACES = ("builtin:json", "builtin:logs")
-RIDGE = HealSpec(traces=TRACES, method="ridge", max_tokens=4096, heldout_tokens=2048)
+RIDGE = HealSpec(traces=TRACES, method="ridge", max_tokens=2048, heldout_tokens=1024)
 RUNNING = Running(device="cpu", dtype="float32")
 LOOSE, STRICT = "perplexity_ratio < 100", "perplexity_ratio < 1.0000001"
 
@@ -182,7 +182,7 @@ def test_other_options_do_not_go_on_with_these_stages(
     with pytest.raises(UsageError, match="holds stages of another operation"):
         _prune(tiny_mixtral, tmp_path / "other", stages=(6,), run=run)
     with pytest.raises(UsageError, match="holds stages of another operation"):
-        _prune(tiny_mixtral, tmp_path / "other", stages=(7,), run=run, heal=replace(RIDGE, max_tokens=2048))
+        _prune(tiny_mixtral, tmp_path / "other", stages=(7,), run=run, heal=replace(RIDGE, max_tokens=1024))
     (run / "stage-01" / "healed.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"header|damaged|safetensors"):
         _prune(tiny_mixtral, tmp_path / "other", stages=(7,), run=run)
