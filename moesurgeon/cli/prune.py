@@ -132,7 +132,7 @@ def command(
     """Remove experts: the same number from every layer, chosen by what a profile measured."""
 
     def work(progress: Progress) -> Report:
-        if explain and profile is None:
+        if explain and profile is None and (keep_experts is not None or not (stages or gate or search)):
             raise UsageError("--explain tells what a profile says of the experts that go: give --profile")
         from moesurgeon.pipeline.options import Running, Writing
         from moesurgeon.pipeline.prune import prune
@@ -197,7 +197,7 @@ def _show(report: Report, explain: bool) -> None:
         print(f"  layer {layer} loses {', '.join(map(str, experts)) or 'none'}")
     show_protection(report)
     if explain:
-        show_explained(report)
+        _explain(report)
     show_reconstruction(report)
     if report.get("stability"):
         found = report["stability"]
@@ -210,6 +210,16 @@ def _show(report: Report, explain: bool) -> None:
     _show_stages(report["stages"])
     show_healing(report)
     show_written(report)
+
+
+def _explain(report: Report) -> None:
+    """Print why each expert goes; in stages each in the numbering of what was left before it."""
+    if "explained" in report:
+        show_explained(report)
+    for stage in report["stages"]:
+        if "explained" in stage.get("evidence", {}):
+            print(f"{stage['stage']}, in the numbering of the {stage['experts_before']} experts before it:")
+            show_explained({**stage["evidence"], "criterion": stage["criterion"]})
 
 
 def _show_stages(stages: list[dict[str, Any]]) -> None:

@@ -140,6 +140,7 @@ class _Stages:
             },
             "experts_before": experts,
             "experts_after": end.anatomy.experts,
+            "virtual": False,
             "criterion": last["criterion"],
             "stages": self._lines,
             "healing": last["healing"],
@@ -241,6 +242,7 @@ def _planned(
         "dropped": {},
         "experts_before": experts,
         "experts_after": min(counts),
+        "virtual": False,
         "criterion": spec.criterion or "reap",
         "stages": [{"stage": f"stage-{n:02d}", "experts_after": count} for n, count in enumerate(counts, start=1)]
         if not spec.search
