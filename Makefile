@@ -2,7 +2,7 @@
 
 FAMILY  ?= mixtral# of `make demo`: mixtral or deepseek
 PYTHON  ?= python3# makes .venv; 3.11 or newer
-BENCH   ?= $(sort $(filter-out %/synthetic.py %/peer_reap.py benchmarks/quality_% benchmarks/cost_%,$(wildcard benchmarks/[a-z]*.py)))# the scripts of `make bench`
+BENCH   ?= $(sort $(filter-out %/synthetic.py %/peer_reap.py %/workers.py benchmarks/quality_% benchmarks/cost_%,$(wildcard benchmarks/[a-z]*.py)))# the scripts of `make bench`
 TINY    ?= runs# where `make tiny` writes; moesurgeon/builtin replaces the ones that are shipped
 V       ?=# V=1 shows what pip does
 PIP_FLAGS   ?=# more for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu

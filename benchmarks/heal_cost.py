@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -37,6 +35,7 @@ from benchmarks.cost_rates import machine_name, work_machine, work_rates  # noqa
 from benchmarks.cost_real import HELDOUT, REAL, TOKENS, work_account  # noqa: E402
 from benchmarks.cost_runs import pace_of, size_of, work_peak, work_speed  # noqa: E402
 from benchmarks.synthetic import Geometry, make_checkpoint  # noqa: E402
+from benchmarks.workers import worker  # noqa: E402
 from moesurgeon.healing.pace import Pace  # noqa: E402
 
 PARTS = ("rates", "grow", "memory", "project")
@@ -70,11 +69,11 @@ def main() -> None:
         "threads": given.threads, "device": given.device, "quick": given.quick, "rank": max(1, sizes["width"][0] // 8),
         "runs": given.runs or (1 if given.quick else 2), "steps": given.steps or (2 if given.quick else 20),
     }  # fmt: skip
-    found: dict[str, Any] = {"options": common, "machine": worker("machine", common), "rates": {}}
+    found: dict[str, Any] = {"options": common, "machine": worker(__file__, "machine", common), "rates": {}}
     print(machine_name(found["machine"]), flush=True)
     jobs = [{**common, **each} for each in settings(sizes)]
     for name, shape in shapes(jobs, parts).items():
-        found["rates"][name] = worker("rates", {**common, **shape})
+        found["rates"][name] = worker(__file__, "rates", {**common, **shape})
         show_rates(name, shape, found["rates"][name])
     with tempfile.TemporaryDirectory(prefix="moesurgeon-heal-") as scratch:
         for job in jobs:
@@ -136,7 +135,7 @@ def show_rates(name: str, shape: dict[str, int], rates: Rates) -> None:
 
 
 def grown(job: dict[str, Any], rates: Rates) -> dict[str, Any]:
-    found = worker("speed", job)
+    found = worker(__file__, "speed", job)
     size, pace, tokens = size_of(job), pace_of(job), found["tokens"]
     medians = {name: statistics.median(times) for name, times in found["seconds"].items()}
     predicted = {way: seconds_of(pieces(size, way, tokens, found["heldout"], pace), rates) for way in WAYS}
@@ -161,7 +160,7 @@ def show_ratios(ratios: dict[str, dict[str, float]]) -> None:
 def peaks(job: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for way in WAYS:
-        found = worker("peak", {**job, "way": way})
+        found = worker(__file__, "peak", {**job, "way": way})
         rows.append({**{name: job[name] for name in ("hidden", *GROWING)}, "way": way, **found})
         print(
             f"E {job['experts']:>3} F {job['width']:>5} N {job['tokens']:>6} {way:<8} peak "
@@ -195,7 +194,7 @@ def projected(machines: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     for name, real in REAL.items():
         for way, (method, low) in WAYS.items():
             pace = Pace(rank=real.rank if low else None)
-            found = worker("account", {"name": name, "method": method, "rank": pace.rank, "threads": 1})
+            found = worker(__file__, "account", {"name": name, "method": method, "rank": pace.rank, "threads": 1})
             size = Size(**{**found["size"], "parts": tuple(map(tuple, found["size"]["parts"]))})
             made = pieces(size, way, TOKENS, HELDOUT, pace)
             ratios = {each: of.get("ratios", {}).get(way, {}).get("median") for each, of in machines.items()}
@@ -218,19 +217,6 @@ def projected(machines: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             by = {"pieces": made, "predicted_hours": predicted, "ratios": ratios, "hours": hours}
             rows.append({"checkpoint": name, "way": title, **found, **by})
     return rows
-
-
-def worker(name: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run one of ``WORKERS`` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", name],
-        input=json.dumps(job), capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": str(job["threads"])},
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +29,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.synthetic import make_checkpoint  # noqa: E402 - after its path
+from benchmarks.workers import worker  # noqa: E402
 
 PARTS = ("speed", "memory", "reap")
 TINY = ("builtin:tiny-mixtral", "builtin:tiny-deepseek")
@@ -74,7 +73,7 @@ def speed(jobs: list[dict[str, Any]], bars: Bars) -> dict[str, Any]:
     print(f"{'tokens/s':<24} {'stock':>9} {'profile':>9} {'--inner 1024':>13} {'profile / stock (min to max)':>30}")
     results = {}
     for job in jobs:
-        found, name = worker("speed", job), named(job)
+        found, name = worker(__file__, "speed", job), named(job)
         ratios = [stock / ours for stock, ours in zip(found["stock"], found["profile"], strict=True)]
         ratio = statistics.median(ratios)
         rates = {side: found["tokens"] / statistics.median(found[side]) for side in ("stock", "profile", "inner")}
@@ -91,7 +90,10 @@ def memory(jobs: list[dict[str, Any]]) -> dict[str, Any]:
     print(f"\n{'memory over the stock pass, MB':<34} {'profile':>9} {'outputs of experts, all text':>30}")
     results = {}
     for job in jobs:
-        stock, ours = worker("peak", {**job, "side": "stock"}), worker("peak", {**job, "side": "profile"})
+        stock, ours = (
+            worker(__file__, "peak", {**job, "side": "stock"}),
+            worker(__file__, "peak", {**job, "side": "profile"}),
+        )
         over = ours["peak_bytes"] - stock["peak_bytes"]
         print(f"{named(job):<34} {over / 1e6:9.1f} {ours['outputs_bytes'] / 1e6:30,.1f}")
         results[named(job)] = {"stock": stock, "profile": ours, "over_bytes": over}
@@ -99,7 +101,7 @@ def memory(jobs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def reap(job: dict[str, Any], bars: Bars) -> dict[str, Any]:
-    found = worker("reap", job)
+    found = worker(__file__, "reap", job)
     if "skipped" in found:
         print(f"\nllm-compressor's REAP is left out: {found['skipped']}")
         return found
@@ -117,19 +119,6 @@ def reap(job: dict[str, Any], bars: Bars) -> dict[str, Any]:
 
 def named(job: dict[str, Any]) -> str:
     return job["checkpoint"] if job["checkpoint"] in TINY else "synthetic, 0.4 GB"
-
-
-def worker(name: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run one of ``WORKERS`` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", name],
-        input=json.dumps(job), capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": str(job["threads"])},
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def work_speed(job: dict[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Healer:
         spec: HealSpec,
         sources: Sequence[Source],
         corpora: tuple[Corpus, Corpus],
+        batches: tuple[list[Batch], list[Batch]],
         folder: Path | None,
         *,
         teacher: Subject,
@@ -57,7 +58,7 @@ class Healer:
     ) -> None:
         self.subject, self.spec, self.folder = subject, spec, folder
         self.train, self.judge = corpora
-        self.learn, self.held = (_batched(each, sources[0], subject, spec) for each in corpora)
+        self.learn, self.held = batches
         self._student_source, self._teacher_name = sources[0], teacher.fingerprint
         self.teacher = Stream(sources[-1])
         self._progress = progress
@@ -226,11 +227,20 @@ def healer(
         student = Stream(sources[0], Overlay(plan=like))
         if spec.method != "none" or spec.merge:
             refuse_quantised(student)
-        batches = [batch for each in (train, judge) for batch in _batched(each, sources[0], subject, spec)]
+        learn, held = (_batched(each, sources[0], subject, spec) for each in (train, judge))
         trials = trial_bytes(Stream(sources[0]), TOKENS + HELDOUT_TOKENS) if choosing else 0
-        fits = share_out_healing(sources, student, spec, running, batches, trials)
+        fits = share_out_healing(sources, student, spec, running, [*learn, *held], trials)
         folder: Path | None = stack.enter_context(hidden_folder(fits))
-        yield Healer(subject, spec, sources, (train, judge), folder, teacher=other or subject, progress=progress)
+        yield Healer(
+            subject,
+            spec,
+            sources,
+            (train, judge),
+            (learn, held),
+            folder,
+            teacher=other or subject,
+            progress=progress,
+        )
 
 
 @contextmanager

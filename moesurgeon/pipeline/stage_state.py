@@ -36,10 +36,10 @@ class State:
 
     def cut(self, kept: Numbers, how: Mapping[str, Any]) -> State:
         """Return the state with only the experts ``kept`` of this one (in its own numbering)."""
-        plan = compose(self.plan, with_how(plan_prune(self.anatomy, kept), how))
+        plan = plan_prune(self.anatomy, kept)
         return State(
-            plan,
-            plan_prune(self.anatomy, kept).result(self.anatomy),
+            compose(self.plan, with_how(plan, how)),
+            plan.result(self.anatomy),
             {layer: tuple(self.left[layer][expert] for expert in experts) for layer, experts in kept.items()},
         )
 
@@ -49,6 +49,7 @@ class State:
 
 
 def heal_of(spec: PruneSpec) -> HealSpec:
+    """Return what heals and judges the stages; UsageError where nothing does."""
     if spec.heal is None:
         asked = "--search" if spec.search else "--stages" if spec.stages else "--gate"
         raise UsageError(

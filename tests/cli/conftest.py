@@ -29,3 +29,12 @@ def top1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in BUILTIN:
         succeeded("retop", name, folder / name.removeprefix("builtin:"), "--json")
     return {name: folder / name.removeprefix("builtin:") for name in BUILTIN}
+
+
+@pytest.fixture(scope="session")
+def inner(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A profile of each builtin checkpoint with inner products."""
+    folder = tmp_path_factory.mktemp("inner")
+    for name in BUILTIN:
+        succeeded("profile", name, "-o", folder / name.removeprefix("builtin:"), *TEXT, "--inner", "400")
+    return {name: folder / name.removeprefix("builtin:") for name in BUILTIN}

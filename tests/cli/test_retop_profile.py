@@ -11,22 +11,12 @@ import pytest
 from moesurgeon.profiling.artefact import load_profile
 from moesurgeon.profiling.statistics import normalised_entropy, shares
 from moesurgeon.profiling.subset_errors import errors_of_subsets, routing_at
-from tests.cli.conftest import TEXT
 from tests.cli.invoke import contents, moesurgeon, refused, succeeded
 from tests.conftest import BUILTIN
 
 MIXTRAL, DEEPSEEK = BUILTIN
 USAGE, INPUT, OUTPUT = 2, 3, 5
 both = pytest.mark.parametrize("name", BUILTIN)
-
-
-@pytest.fixture(scope="module")
-def inner(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A profile of each builtin checkpoint with inner products."""
-    folder = tmp_path_factory.mktemp("inner")
-    for name in BUILTIN:
-        succeeded("profile", name, "-o", folder / name.removeprefix("builtin:"), *TEXT, "--inner", "400")
-    return {name: folder / name.removeprefix("builtin:") for name in BUILTIN}
 
 
 @pytest.fixture

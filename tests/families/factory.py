@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from moesurgeon.checkpoint.open import open_checkpoint
+
 COMMON = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -197,3 +199,11 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def config_of(folder: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return loaded
+
+
+def put_nan(folder: Path, tensor: str) -> None:
+    """Make the first value of a float32 tensor in ``folder`` no number."""
+    stored = open_checkpoint(folder).tensors[tensor]
+    with (folder / stored.shard).open("r+b") as file:
+        file.seek(stored.offset)
+        file.write(b"\x00\x00\xc0\x7f")

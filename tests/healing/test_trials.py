@@ -30,7 +30,7 @@ from moesurgeon.surgery.prune import plan_prune, with_mtp_layers
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
 from tests.engine.small import source_of
 from tests.families.conftest import Stock
-from tests.families.factory import save_checkpoint
+from tests.families.factory import put_nan, save_checkpoint
 from tests.healing.cases import HELD, LEARN, stopped
 
 # A softmax, one with shared experts, groups with a selection bias, a gate on the shared expert, a residual factor.
@@ -197,10 +197,7 @@ def test_with_layers_read_one_by_one_the_same_is_chosen(stock: Stock, tmp_path: 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "source", "mixtral")
     subject = open_subject(str(source))
-    stored = subject.checkpoint.tensors[subject.anatomy.router_weight(1).replace("gate", "experts.0.w1")]
-    with (source / stored.shard).open("r+b") as file:
-        file.seek(stored.offset)
-        file.write(b"\x00\x00\xc0\x7f")  # a NaN
+    put_nan(source, subject.anatomy.router_weight(1).replace("gate", "experts.0.w1"))
     with pytest.raises(CheckpointError, match="layer 1: hidden states are not finite"):
         _chosen(open_subject(str(source)), 7)
 

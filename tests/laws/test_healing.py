@@ -17,7 +17,7 @@ from moesurgeon.surgery.plan import EditPlan, compose
 from moesurgeon.surgery.prune import plan_prune
 from tests.engine.small import source_of, stream_of
 from tests.families.conftest import Stock
-from tests.families.factory import config_of, load_tensors, save_checkpoint
+from tests.families.factory import config_of, load_tensors, put_nan, save_checkpoint
 from tests.healing.cases import HELD, Healed, cut, healed
 from tests.laws.walks import LAYOUTS, same, walked
 
@@ -146,9 +146,6 @@ def test_experts_with_scales_are_refused(stock: Stock) -> None:
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "source", "mixtral")
     subject = open_subject(str(source))
-    stored = subject.checkpoint.tensors[subject.anatomy.router_weight(1).replace("gate", "experts.0.w1")]
-    with (source / stored.shard).open("r+b") as file:
-        file.seek(stored.offset)
-        file.write(b"\x00\x00\xc0\x7f")  # a NaN
+    put_nan(source, subject.anatomy.router_weight(1).replace("gate", "experts.0.w1"))
     with pytest.raises(CheckpointError, match="layer 1: hidden states are not finite"):
         healed(open_subject(str(source)), cut(subject), "ridge")

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from moesurgeon.engine.destinations import running_name
-from moesurgeon.engine.observe import Observation
 from moesurgeon.engine.streams import Delta, Overlay, Stream
-from moesurgeon.engine.walk import Walk
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.apply import apply
@@ -21,7 +19,7 @@ from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
 from tests.engine.small import running, source_of, stream_of
 from tests.families.conftest import Stock
-from tests.laws.walks import LAYOUTS, RUNS, same, text, walked
+from tests.laws.walks import LAYOUTS, RUNS, routed, same, text, walked
 
 BATCHES = [text(24, 17, 9), text(20, 20)]
 # In two groups as many of each, another choice in every layer.
@@ -103,33 +101,20 @@ def test_so_does_another_family(stock: Stock, tmp_path: Path) -> None:
     assert stream.skeleton.model.config.model_type == "qwen2_moe"
 
 
-def _routing(stream: Stream) -> tuple[list[torch.Tensor], Mapping[int, list[torch.Tensor]]]:
-    """Return the logits of a walk and, by layer, the experts that each token of each batch was given."""
-    chosen: dict[int, list[torch.Tensor]] = {layer: [] for layer in stream.anatomy.moe_layers}
-
-    def note(_block: object, seen: Observation) -> None:
-        chosen[seen.layer].append(seen.indices)
-
-    walk = Walk([stream], BATCHES)
-    walk.through(lambda _stream, _batch: note)
-    logits = [tail.logits(stream, number, 0, 17) for tail in walk.tail() for number in range(len(BATCHES))]
-    return logits, chosen
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_masked_experts_are_as_good_as_gone(name: str, stock: Stock) -> None:
     """With a selection bias and in groups as well: the same choice by the old numbers, the same logits to rounding."""
     subject = open_subject(str(stock(name)))
     source = source_of(subject)
     masked = Stream(source, Overlay(masked=_dropped(subject)))
-    logits, chosen = _routing(masked)
-    expected, renumbered = _routing(Stream(source, Overlay(plan=plan_prune(subject.anatomy, _kept(subject)))))
+    logits, chosen = routed(masked, BATCHES)
+    expected, renumbered = routed(Stream(source, Overlay(plan=plan_prune(subject.anatomy, _kept(subject)))), BATCHES)
     for layer, kept in _kept(subject).items():
         for mine, theirs in zip(chosen[layer], renumbered[layer], strict=True):
             assert torch.equal(mine, torch.tensor(kept)[theirs]), layer
     for mine, theirs in zip(logits, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.std()))
-    whole, everyone = _routing(Stream(source))
+    whole, everyone = routed(Stream(source), BATCHES)
     assert not same(whole, logits)
     assert any(set(seen.unique().tolist()) - set(KEPT[layer]) for layer in KEPT for seen in everyone.get(layer, ()))
 

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moesurgeon.engine.observe import Observation
 from moesurgeon.engine.streams import Overlay, Stream
-from moesurgeon.engine.walk import Walk
 from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.profiling.all_experts import AllExperts, InnerSpec, rule_of
@@ -25,7 +23,7 @@ from moesurgeon.surgery.virtual import plan_virtual
 from tests.engine.small import source_of, stream_of
 from tests.families.conftest import Stock
 from tests.laws.test_overlay import KEPT
-from tests.laws.walks import BY_TYPE, LAYOUTS, same, text
+from tests.laws.walks import BY_TYPE, LAYOUTS, routed, same, text
 from tests.profiling.made import profile_of
 
 BIASED = [name for name in LAYOUTS if BY_TYPE[name.split()[0]].router.selection_bias]
@@ -36,19 +34,6 @@ UNEVEN = {0: (0, 2, 5, 6, 7), 1: (0, 1, 2, 5, 6), 2: (1, 2, 3, 4, 6, 7), 3: (0, 
 
 
 BATCHES = [text(24, 24), text(40, 40, 40)]
-
-
-def _routing(stream: Stream) -> tuple[list[torch.Tensor], dict[int, list[torch.Tensor]]]:
-    """Return the logits of a walk and, by layer, the experts that each token of each batch was given."""
-    chosen: dict[int, list[torch.Tensor]] = {layer: [] for layer in stream.anatomy.moe_layers}
-
-    def note(_block: object, seen: Observation) -> None:
-        chosen[seen.layer].append(seen.indices)
-
-    walk = Walk([stream], BATCHES)
-    walk.through(lambda _stream, _batch: note)
-    logits = [tail.logits(stream, number, 0, 17) for tail in walk.tail() for number in range(len(BATCHES))]
-    return logits, chosen
 
 
 def _for(subject: Subject, kept: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
@@ -64,15 +49,15 @@ def test_out_of_reach_is_masked_to_the_last_bit(name: str, stock: Stock, tmp_pat
     subject = open_subject(str(stock(name)))
     kept = _for(subject, UNEVEN)
     source, plan = source_of(subject), plan_virtual(subject.anatomy, kept)
-    logits, chosen = _routing(Stream(source, Overlay(plan=plan)))
-    expected, masked = _routing(Stream(source, Overlay(masked=_dropped(kept))))
+    logits, chosen = routed(Stream(source, Overlay(plan=plan)), BATCHES)
+    expected, masked = routed(Stream(source, Overlay(masked=_dropped(kept))), BATCHES)
     assert same(logits, expected)
     for layer in kept:
         assert same(chosen[layer], masked[layer])
         assert set(torch.cat(chosen[layer]).unique().tolist()) <= set(kept[layer])
-    assert not same(logits, _routing(Stream(source))[0])
+    assert not same(logits, routed(Stream(source), BATCHES)[0])
     apply(plan, subject.checkpoint, tmp_path / "out")
-    assert same(_routing(stream_of(open_subject(str(tmp_path / "out"))))[0], logits)
+    assert same(routed(stream_of(open_subject(str(tmp_path / "out"))), BATCHES)[0], logits)
 
 
 @pytest.mark.parametrize("name", SIGMOID)
@@ -80,8 +65,8 @@ def test_with_equal_counts_it_is_the_pruned_checkpoint(name: str, stock: Stock) 
     subject = open_subject(str(stock(name)))
     kept = _for(subject, KEPT)
     source = source_of(subject)
-    logits, chosen = _routing(Stream(source, Overlay(plan=plan_virtual(subject.anatomy, kept))))
-    expected, renumbered = _routing(Stream(source, Overlay(plan=plan_prune(subject.anatomy, kept))))
+    logits, chosen = routed(Stream(source, Overlay(plan=plan_virtual(subject.anatomy, kept))), BATCHES)
+    expected, renumbered = routed(Stream(source, Overlay(plan=plan_prune(subject.anatomy, kept))), BATCHES)
     for layer, experts in kept.items():
         for mine, theirs in zip(chosen[layer], renumbered[layer], strict=True):
             assert torch.equal(mine, torch.tensor(experts)[theirs]), layer
@@ -94,7 +79,7 @@ def test_of_a_softmax_the_scores_stay_those_of_all(stock: Stock) -> None:
     subject = open_subject(str(stock("ernie4_5_moe")))
     kept = _for(subject, UNEVEN)
     stream = Stream(source_of(subject), Overlay(plan=plan_virtual(subject.anatomy, kept)))
-    _logits, chosen = _routing(stream)
+    _logits, chosen = routed(stream, BATCHES)
     for layer, experts in kept.items():
         assert set(torch.cat(chosen[layer]).unique().tolist()) == set(experts)
 
@@ -112,9 +97,9 @@ def test_where_tokens_go_is_what_the_edited_checkpoint_routes(
     kept = _for(subject, KEPT)
     profile = _profiled(subject, tmp_path)
     source = source_of(subject)
-    _logits, before = _routing(Stream(source))
+    _logits, before = routed(Stream(source), BATCHES)
     plan = plan_virtual(subject.anatomy, kept) if virtual else plan_prune(subject.anatomy, kept)
-    _logits, after = _routing(Stream(source, Overlay(plan=plan)))
+    _logits, after = routed(Stream(source, Overlay(plan=plan)), BATCHES)
     layer = subject.anatomy.moe_layers[0]
     numbers = torch.arange(8) if virtual else torch.tensor(kept[layer])
     moved = np.zeros((8, 8))

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesurgeon.engine.batches import Batch, to_batch
+from moesurgeon.engine.observe import Observation
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.families import FAMILIES
@@ -75,3 +76,16 @@ def walked(streams: Sequence[Stream], batches: Sequence[Batch], folder: Path | N
 def same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
     """Whether two lists of tensors are the same to the last bit."""
     return all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def routed(stream: Stream, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], dict[int, list[torch.Tensor]]]:
+    """Return the logits of a walk and, by layer, the experts that each token of each batch was given."""
+    chosen: dict[int, list[torch.Tensor]] = {layer: [] for layer in stream.anatomy.moe_layers}
+
+    def note(_block: object, seen: Observation) -> None:
+        chosen[seen.layer].append(seen.indices)
+
+    walk = Walk([stream], batches)
+    walk.through(lambda _stream, _batch: note)
+    logits = [tail.logits(stream, number, 0, 17) for tail in walk.tail() for number in range(len(batches))]
+    return logits, chosen
