@@ -7,6 +7,7 @@ TINY    ?= runs# where `make tiny` writes; moesurgeon/builtin replaces the ones 
 V       ?=# V=1 shows what pip does
 PIP_FLAGS   ?=# more for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=# more for pytest, such as -x or tests/surgery
+WORKERS ?= 2# processes of `make test`; each takes one thread and up to 2 GB
 
 BIN  := .venv/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check $(if $(V),,-q) install $(PIP_FLAGS) -c constraints.txt
@@ -27,7 +28,8 @@ demo: $(USER_ENV)  ## top-1, profile, prune and heal a builtin checkpoint (FAMIL
 	$(BIN)/moesurgeon run recipes/demo-$(FAMILY).yaml --overwrite -o runs/demo-$(FAMILY)
 
 test: $(DEV_ENV)  ## all tests, offline (PYTEST_ARGS="-x tests/surgery")
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(DEV_ENV)  ## lint, format, types, import rules
 	$(BIN)/ruff check .

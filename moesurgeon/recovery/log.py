@@ -95,5 +95,7 @@ def _writer_class() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+        raise UsageError(
+            "--tensorboard needs the package tensorboard: pip install 'moesurgeon[tensorboard]'"
+        ) from error
     return SummaryWriter

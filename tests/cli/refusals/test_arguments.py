@@ -41,7 +41,6 @@ def test_recover_arguments(out: Path, top1: dict[str, Path]) -> None:
     refused(USAGE, *command, "--changed", "0.1", says=("--changed", "add --adapt experts"))
     refused(USAGE, *command, "--log", out.with_name("log.txt"), says=("says no format", ".csv"))
     refused(USAGE, *command, "--log", out / "log.csv", says=("there is no folder",))
-    refused(USAGE, *command, "--tensorboard", out, says=("needs the package tensorboard", "pip install"))
     refused(USAGE, *command, "--max-memory", "1MB", says=("needs about", "--max-memory leaves 0", "--recompute"))
     mine = out.with_name("mine.csv")
     mine.write_text("mine")
