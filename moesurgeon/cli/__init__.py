@@ -23,12 +23,13 @@ from moesurgeon.cli import (
     recover,
     retop,
     run,
+    sample,
     verify,
 )
 
 _COMMANDS = (
     inspect, retop, profile, profile_show, profile_merge, profile_diff, profile_import, prune, recover, evaluate,
-    harness, verify, run,
+    harness, sample, verify, run,
 )  # fmt: skip
 
 

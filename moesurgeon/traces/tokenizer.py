@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, as a function from texts to token numbers.
+"""The tokenizer of a checkpoint, as functions from texts to token numbers and back.
 
 ``tokenizer.json`` is read by the tokenizers library itself: importing transformers takes seconds and
 brings torch along. Only older layouts (a sentencepiece model alone) go through transformers.
@@ -7,10 +7,14 @@ brings torch along. Only older layouts (a sentencepiece model alone) go through 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moesurgeon.errors import CheckpointError
 from moesurgeon.traces.windows import Tokenize
+
+Detokenize = Callable[[list[list[int]]], list[str]]
 
 _OLDER_LAYOUTS = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -28,17 +32,29 @@ def load_tokenizer(folder: Path) -> Tokenize:
     raise CheckpointError(f"{folder}: no tokenizer: copy tokenizer.json from the original checkpoint")
 
 
-def _from_json(folder: Path) -> Tokenize:
+def load_detokenizer(folder: Path) -> Detokenize:
+    """Return what turns token numbers into texts, special tokens left out; raises as :func:`load_tokenizer` does."""
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _read_json(folder / "tokenizer.json")
+        return lambda rows: tokenizer.decode_batch(rows, skip_special_tokens=True)
+    older = _read_older(folder)
+    return lambda rows: older.batch_decode(rows, skip_special_tokens=True)
+
+
+def _read_json(path: Path) -> Any:
     from tokenizers import Tokenizer
 
-    path = folder / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more specific
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path}: damaged ({reason}): copy it from the original checkpoint, or update tokenizers"
         ) from error
+
+
+def _from_json(folder: Path) -> Tokenize:
+    tokenizer = _read_json(folder / "tokenizer.json")
     # Some files still say how their training data was cut and padded.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -69,16 +85,20 @@ def _asked_bos(folder: Path) -> str | None:
     return bos.get("content") if isinstance(bos, dict) else bos
 
 
-def _from_transformers(folder: Path) -> Tokenize:
+def _read_older(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # OSError, ValueError, ImportError, KeyError: it depends on the class
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{folder}: transformers cannot load its tokenizer ({reason}): add a tokenizer.json"
         ) from error
+
+
+def _from_transformers(folder: Path) -> Tokenize:
+    tokenizer = _read_older(folder)
 
     def tokenize(texts: list[str], /, *, special: bool = True) -> list[list[int]]:
         given = tokenizer(texts, add_special_tokens=special, truncation=False, padding=False, verbose=False)

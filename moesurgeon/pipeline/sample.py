@@ -1,0 +1,163 @@
+"""``sample``: write text that a checkpoint draws from itself, to heal and to profile on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesurgeon.engine.budget import share_out
+from moesurgeon.engine.device import Placement, place
+from moesurgeon.engine.model import context_length
+from moesurgeon.engine.streams import Source
+from moesurgeon.errors import CheckpointError, NothingToDo, OutputError, UsageError
+from moesurgeon.evaluation.sampled import sampled
+from moesurgeon.families.keys import count_of
+from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
+from moesurgeon.pipeline.journal import write_whole
+from moesurgeon.pipeline.options import Running
+from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.progress import SILENT, Progress
+from moesurgeon.traces.tokenizer import load_detokenizer, load_tokenizer
+
+_EMPTY = 20
+"""Batches without a single token after which a model is taken to say nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSpec:
+    """``tokens`` in all and ``length`` of one text, at most; ``rows`` texts are drawn together.
+
+    ``uniform``: tokens are drawn from the vocabulary, each as likely as any other, and no model is needed.
+    """
+
+    tokens: int = 32768
+    length: int = 256
+    rows: int = 32
+    temperature: float = 1.0
+    uniform: bool = False
+    seed: int = 0
+
+
+def sample(
+    source: str,
+    output: Path,
+    spec: SampleSpec,
+    running: Running,
+    progress: Progress = SILENT,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write texts that ``source`` draws from itself to ``output``, one {"text": ...} a line; return what they are.
+
+    Raises UsageError if the output exists or the checkpoint does not fit into memory, NothingToDo for a model that
+    ends every text before it begins.
+    """
+    _refuse_output(output, overwrite=overwrite)
+    subject = open_subject(source)
+    decode = load_detokenizer(subject.root)
+    placement = None if spec.uniform else place(running.device, running.dtype, subject.stored_dtype)
+    texts: list[str] = []
+    tokens = whole_texts = 0
+    started = time.monotonic()
+    with ExitStack() as stack:
+        drawn = (
+            uniform(count_of(subject.checkpoint.config, "vocab_size", 0), spec)
+            if placement is None
+            else _own(subject, spec, placement, running.max_memory, stack)
+        )
+        advance = stack.enter_context(progress.task("sampling", spec.tokens, "tokens"))
+        empty = 0
+        for rows in drawn:
+            before = tokens
+            for row in rows:
+                mine = row[: spec.tokens - tokens]
+                if mine and (text := decode([mine])[0]).strip():
+                    texts.append(text)
+                    tokens += len(mine)
+                    whole_texts += len(row) < spec.length
+            advance(tokens - before)
+            empty = 0 if tokens > before else empty + 1
+            if tokens >= spec.tokens or empty == _EMPTY:
+                break
+    if not texts:
+        raise NothingToDo(f"{source} ends every text where it begins; nothing was written: sample a base model")
+    try:
+        write_whole(output, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    except OSError as error:
+        raise OutputError(f"{output} could not be written ({error.strerror}); choose another disk") from error
+    return {
+        "checkpoint": source,
+        "path": str(output),
+        "texts": len(texts),
+        "tokens": tokens,
+        "whole_texts": whole_texts,
+        "distinct": len(set(texts)),
+        "uniform": spec.uniform,
+        "temperature": None if spec.uniform else spec.temperature,
+        "seed": spec.seed,
+        "placement": None if placement is None else str(placement),
+        "tokens_per_second": tokens / (time.monotonic() - started),
+    }
+
+
+def _own(
+    subject: Subject, spec: SampleSpec, placement: Placement, max_memory: int | None, stack: ExitStack
+) -> Iterator[list[list[int]]]:
+    """Return what the model of ``subject`` draws; it is in memory until ``stack`` is closed."""
+    ends = ends_of(subject)
+    beginning = beginning_of(subject, ends)
+    most = context_length(subject.anatomy) - len(beginning)
+    if spec.length > most:
+        raise UsageError(f"--length {spec.length} does not fit into the context of {subject.name}; give at most {most}")
+    source = stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement))
+    # Keys and values of all layers, as if none were shared among heads.
+    positions = spec.rows * (len(beginning) + spec.length)
+    cache = 2 * positions * subject.anatomy.layers * subject.anatomy.hidden * placement.dtype.itemsize
+    share_out(max_memory, [source], [], work=cache)
+    require_resident(source, "sample without --uniform")
+    return sampled(
+        stack.enter_context(whole(source)),
+        beginning,
+        spec.length,
+        ends,
+        rows=spec.rows,
+        temperature=spec.temperature,
+        seed=spec.seed,
+    )
+
+
+def uniform(vocabulary: int, spec: SampleSpec) -> Iterator[list[list[int]]]:
+    """Yield, without end, texts of tokens of which each is as likely as any other."""
+    rng = np.random.default_rng(spec.seed)
+    while True:
+        yield rng.integers(0, vocabulary, (spec.rows, spec.length)).tolist()
+
+
+def beginning_of(subject: Subject, ends: list[int]) -> list[int]:
+    """Return what stands in front of every text: what the tokenizer puts there, or else what ends the one before."""
+    tokenize = load_tokenizer(subject.root)
+    (plain,), (special,) = tokenize(["a"], special=False), tokenize(["a"])
+    before = special[: len(special) - len(plain)] if special[len(special) - len(plain) :] == plain else []
+    found = before or ends[:1]
+    if not found:
+        raise CheckpointError(
+            f"{subject.root}: neither its tokenizer nor its eos_token_id says how a text begins; restore "
+            "tokenizer_config.json or generation_config.json"
+        )
+    return found
+
+
+def _refuse_output(output: Path, *, overwrite: bool) -> None:
+    if output.exists() and (output.is_dir() or not overwrite):
+        raise UsageError(f"{output} exists; name another file{'' if output.is_dir() else ' or add --overwrite'}")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent} for {output.name}; make it first")
+    if output.suffix != ".jsonl":
+        raise UsageError(f"{output.name} is to be read as text again; name it something.jsonl")
