@@ -10,6 +10,9 @@ documents, paired. Builtin checkpoints calibrate, judge and report on those spli
 --corpora (folders DOMAIN/train.jsonl.gz and valid.jsonl.gz, which recipes/small/mixtral.yaml trains on) other ones
 calibrate on the calibration split of train.jsonl.gz, judge on its validation split, and report on valid.jsonl.gz.
 
+--beside own: heal also on what the checkpoint draws from itself (`moesurgeon sample`), uniform: on tokens drawn alike
+from its vocabulary, each as one more domain of the same number of tokens. A file of --resume has rows with or without.
+
 --without DOMAIN: also cut a quarter by REAP without that domain in any text but the report. llm-compressor: REAP as
 that package chooses it on the same windows, where it is installed (peer_reap.py); how many of its layers keep what
 ours keeps there is in the row. All of it takes hours (a distilled cut of a tiny checkpoint 1 to 2 minutes): with
@@ -29,7 +32,7 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # as `python benchmarks/prune_quality.py`
 
-from benchmarks.quality_cuts import METHODS, PEER, RUNNING, Round  # noqa: E402 - after its path
+from benchmarks.quality_cuts import BESIDE, METHODS, PEER, RUNNING, Round  # noqa: E402 - after its path
 from benchmarks.quality_report import Results, bars, tables, unseen_table  # noqa: E402
 from benchmarks.quality_text import Judge, Rows, words_for  # noqa: E402
 from moesurgeon.engine.device import place  # noqa: E402
@@ -38,7 +41,7 @@ from moesurgeon.pipeline.subject import open_subject  # noqa: E402
 
 CRITERIA = ("frequency", "gate", "ean", "man", "reap", "traffic-reap", "random", "reconstruction", "healed", PEER)
 # What has to be the same where a run goes on.
-FIXED = ("tokens", "profile_tokens", "inner", "heldout_tokens", "report_tokens", "steps", "corpora")
+FIXED = ("tokens", "profile_tokens", "inner", "heldout_tokens", "report_tokens", "steps", "corpora", "beside")
 
 
 def main() -> None:
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["bare", "distill"], metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--without", action="append", default=[], metavar="DOMAIN")
+    parser.add_argument("--beside", nargs="+", choices=BESIDE, default=[], help="healed on as well; of the same tokens")
     parser.add_argument("--tokens", type=int, default=98304, help="to heal on")
     parser.add_argument("--profile-tokens", type=int, default=98304)
     parser.add_argument("--inner", type=int, default=4096, help="tokens of the inner products")

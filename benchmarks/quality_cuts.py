@@ -24,6 +24,7 @@ from moesurgeon.pipeline.healed_choice import settled
 from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune_spec import PruneSpec
+from moesurgeon.pipeline.sample import SampleSpec, sample
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.text import read_text, window_length
 from moesurgeon.profiling.artefact import Profile, load_profile
@@ -36,6 +37,9 @@ from moesurgeon.surgery.prune import Kept, plan_prune
 from moesurgeon.traces.windows import Corpus
 
 PEER = "llm-compressor"
+BESIDE = ("own", "uniform")
+BESIDE_TOKENS = 131072
+"""Enough that the calibration split of them, a seventh, is a domain's share of what is healed on."""
 METHODS = ("bare", "scale", "ridge", "distill")
 RUNNING = Running(device="cpu", dtype="float32")
 
@@ -57,6 +61,7 @@ class Round:
     ) -> None:
         self.subject, self.judge, self.given, self.rows, self.seed = subject, judge, given, rows, seed
         self.traces, self.split = words.calibration(without), words.split
+        self.healed_on = self.traces
         layout = "coarse" if subject.anatomy.experts <= 8 else "fine"
         self.of: Row = {"checkpoint": name, "layout": layout, "without": without, "seed": seed}
         self.criteria = given.criteria if without is None else ["reap"]
@@ -73,7 +78,12 @@ class Round:
         if not missing:
             return
         with ExitStack() as stack:
-            taken = self._profile(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "profile")
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            taken = self._profile(folder / "profile")
+            for name in self.given.beside:
+                spec = SampleSpec(tokens=BESIDE_TOKENS, uniform=name == "uniform", seed=self.seed)
+                sample(self.subject.name, folder / f"{name}.jsonl", spec, RUNNING)
+                self.healed_on += (f"{name}={folder / f'{name}.jsonl'}",)
             cuts = []
             for share, criterion in missing:
                 keep = self.subject.anatomy.experts - round(self.subject.anatomy.experts * share)
@@ -171,7 +181,7 @@ class Round:
     def _healer(self, method: str, stack: ExitStack) -> Healer:
         if method not in self._healers:
             spec = HealSpec(
-                traces=self.traces,
+                traces=self.healed_on,
                 method=method,  # type: ignore[arg-type]
                 split=self.split,  # type: ignore[arg-type]
                 max_tokens=self.given.tokens,
