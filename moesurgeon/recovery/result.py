@@ -10,7 +10,8 @@ import torch
 
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
-from moesurgeon.recovery.targets import Adapt
+from moesurgeon.recovery.targets import Adapt, parts_of
+from moesurgeon.surgery.anatomy import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,15 @@ class Training:
     changed: float | None = None
     experts: Mapping[int, Sequence[int]] | None = None
     length: int = 512
+
+    def candidates(self, anatomy: Anatomy) -> int | None:
+        """Return how many experts of a token get a gradient; None: all.
+
+        The plain language-model loss is run on the gate as it is, and so are experts alone; distillation through the
+        estimator.
+        """
+        is_plain = self.losses.objective == "lm" or "routers" not in parts_of(self.adapt)
+        return anatomy.top_k if is_plain else self.schedule.candidates
 
 
 @dataclass

@@ -6,8 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
+from moesurgeon.engine.loading import DTYPES
 from moesurgeon.engine.model import moe_blocks
 from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import CheckpointError, UsageError
@@ -102,3 +104,10 @@ def refuse_unwritable(student: Stream, targets: Sequence[Target]) -> None:
                 raise CheckpointError(
                     f"{piece.source} is stored as {dtype}; only {', '.join(WRITABLE)} can be trained: convert it"
                 )
+
+
+def as_stored(student: Stream, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return what writing ``weight`` under the running name ``name`` makes of it, in the dtype it is stored in."""
+    dtypes = {DTYPES[student.anatomy.tensors[piece.source].dtype] for piece in student.stored_parts(name)}
+    rounded = student.as_stored(name, weight.cpu())
+    return rounded.to(dtypes.pop()) if len(dtypes) == 1 else rounded

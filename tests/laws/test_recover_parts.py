@@ -18,8 +18,8 @@ from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.verify import verify
-from moesurgeon.recovery import train
 from moesurgeon.recovery.objective import Losses
+from moesurgeon.recovery.resident import Resident
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.state import Store
 from moesurgeon.surgery.retop import RetopSpec
@@ -155,7 +155,7 @@ def test_a_killed_recovery_ends_as_an_unbroken_one(
 
 def _kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
     """Let the step of this number end in a kill."""
-    before, steps = train._Run._losses, []
+    before, steps = Resident.gradients, []
 
     def losses(self: Any, *given: Any) -> Any:
         steps.append(1)
@@ -163,18 +163,18 @@ def _kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
             raise Killed
         return before(self, *given)
 
-    patch.setattr(train._Run, "_losses", losses)
+    patch.setattr(Resident, "gradients", losses)
 
 
 def _counted(patch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that has an entry for every step from here on."""
-    before, steps = train._Run._losses, []
+    before, steps = Resident.gradients, []
 
     def losses(self: Any, *given: Any) -> Any:
         steps.append(1)
         return before(self, *given)
 
-    patch.setattr(train._Run, "_losses", losses)
+    patch.setattr(Resident, "gradients", losses)
     return steps
 
 
