@@ -18,6 +18,7 @@ from moesurgeon.pipeline.recipe import Recipe
 from moesurgeon.pipeline.stage_state import counts_of, heal_of
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.text import trace_specs, window_length
+from moesurgeon.recovery.adalora import refuse_ranks
 from moesurgeon.recovery.log import check_log
 from moesurgeon.recovery.objective import refuse_without_gradient
 from moesurgeon.recovery.targets import check_adapt
@@ -50,7 +51,9 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
         elif step.prune:
             anatomy = _pruned(anatomy, step.prune)
         elif step.recover:
-            check_adapt(step.recover.adapt)
+            check_adapt(step.recover.adapt, step.recover.adapter)
+            if step.recover.adapter == "adalora":
+                refuse_ranks(anatomy, step.recover.schedule.rank, step.recover.schedule.steps)
             check_log(step.recover.log, step.recover.tensorboard)
             if step.recover.log is not None and step.recover.log.exists():
                 raise UsageError(f"recover: {{log: {step.recover.log}}} exists; remove it or name another")

@@ -32,13 +32,14 @@ from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import read_text, window_length
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import SILENT, Progress
+from moesurgeon.recovery.adalora import refuse_ranks
 from moesurgeon.recovery.log import Log, check_log
 from moesurgeon.recovery.memory import training_bytes
 from moesurgeon.recovery.objective import Losses, refuse_without_gradient
 from moesurgeon.recovery.result import Recovered, Training
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.state import Store
-from moesurgeon.recovery.targets import WRITABLE, Adapt, check_adapt, parts_of
+from moesurgeon.recovery.targets import WRITABLE, Adapt, Kind, check_adapt, parts_of
 from moesurgeon.recovery.teacher_cache import Cached
 from moesurgeon.recovery.train import train
 from moesurgeon.runtime.cost import count_parameters
@@ -51,13 +52,15 @@ from moesurgeon.surgery.plan import EditPlan, identity
 class RecoverSpec:
     """``teacher``: the unedited checkpoint. ``heldout_tokens`` bounds the text that judges.
 
-    ``adapt``: what is trained; ``changed``: of experts only those whose traffic differs from the teacher's by more
-    than this share of it. ``cache``: where to keep what a teacher said that is another model (None: beside the
-    output, until the end). ``log`` (a .csv or .json) and ``tensorboard`` (a folder) are written at every judgement.
+    ``adapt``: what is trained, routers through an ``adapter`` of this kind; ``changed``: of experts only those whose
+    traffic differs from the teacher's by more than this share of it. ``cache``: where to keep what a teacher said
+    that is another model (None: beside the output, until the end). ``log`` (a .csv or .json) and ``tensorboard`` (a
+    folder) are written at every judgement.
     """
 
     teacher: str
     adapt: tuple[Adapt, ...] = ("routers",)
+    adapter: Kind = "lora"
     losses: Losses = field(default_factory=Losses)
     schedule: Schedule = field(default_factory=Schedule)
     heldout_tokens: int = 16384
@@ -106,6 +109,7 @@ def recover(
         "teacher": spec.teacher,
         "shares_weights": is_itself,
         "adapt": list(spec.adapt),
+        "adapter": spec.adapter,
         "tokens": sum(corpus.tokens.values()),
         "heldout_tokens": sum(heldout.tokens.values()),
         "domains": dict(corpus.tokens),
@@ -117,6 +121,7 @@ def recover(
         return {**report, "source": source, "output": str(writing.output), "dry_run": True}
     training = Training(
         adapt=spec.adapt,
+        adapter=spec.adapter,
         losses=spec.losses,
         schedule=spec.schedule,
         changed=spec.changed,
@@ -170,6 +175,7 @@ def plan_recovered(student: Stream, recovered: Recovered, spec: RecoverSpec, ori
         "operation": "recover",
         **origin,
         "adapt": list(spec.adapt),
+        **({"adapter": spec.adapter} if spec.adapter != "lora" else {}),
         **({"changed": spec.changed} if spec.changed is not None else {}),
         "objective": asdict(spec.losses),
         "schedule": asdict(spec.schedule),
@@ -180,7 +186,9 @@ def plan_recovered(student: Stream, recovered: Recovered, spec: RecoverSpec, ori
 
 def _refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Text, writing: Writing) -> None:
     """Raise now, from headers alone, what would be raised after the work."""
-    check_adapt(spec.adapt)
+    check_adapt(spec.adapt, spec.adapter)
+    if spec.adapter == "adalora":
+        refuse_ranks(subject.anatomy, spec.schedule.rank, spec.schedule.steps)
     check_log(spec.log, spec.tensorboard)
     refuse_without_gradient(subject.anatomy, spec.losses, spec.adapt)
     if spec.changed is not None and "experts" not in parts_of(spec.adapt):

@@ -44,6 +44,10 @@ def straight_through(
     return gated * routing.scale
 
 
+LINEAR = "linear"
+"""The child of a router that makes its logits, if it has one: what wants a Linear layer finds it there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Routed:
     """What one router made of T tokens: ``logits`` [T, E] with their gradient, ``chosen`` [T, K]."""
@@ -139,7 +143,8 @@ def _forward(
         weight: torch.Tensor = router.weight  # type: ignore[assignment]
         rule, top_k, dtype = learning.rule, learning.top_k, hidden_states.dtype
         flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(weight.dtype)
-        logits_TE = F.linear(flat, weight)
+        linear = router._modules.get(LINEAR)
+        logits_TE = F.linear(flat, weight) if linear is None else linear(flat)
         scores_TE = rule.scores(logits_TE)
         chosen_TK = rule.choose(scores_TE.detach(), selection_bias(block), top_k)
         learns = torch.is_grad_enabled()  # a pass that only judges runs the chosen experts alone

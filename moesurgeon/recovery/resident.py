@@ -61,8 +61,10 @@ class Resident:
             return self.judged()
 
     def begin(self, teacher: Cached | Anatomy, experts: Experts | None) -> Adapted:
-        losses = self._training.losses
-        self._adapted = Adapted(self._model, self._targets, rank=self._training.schedule.rank, experts=experts)
+        losses, schedule, kind = self._training.losses, self._training.schedule, self._training.adapter
+        self._adapted = Adapted(
+            self._model, self._targets, rank=schedule.rank, experts=experts, kind=kind, steps=schedule.steps
+        )
         if losses.from_teacher:
             self._teacher = (
                 Itself(self._model, self._adapted, self._learning, teacher, losses)

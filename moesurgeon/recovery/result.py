@@ -10,17 +10,18 @@ import torch
 
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
-from moesurgeon.recovery.targets import Adapt, parts_of
+from moesurgeon.recovery.targets import Adapt, Kind, parts_of
 from moesurgeon.surgery.anatomy import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What is to be done. ``adapt``: what is trained; ``changed``: of experts only those whose traffic differs from
-    the teacher's by more than this share of it; ``experts``: by layer the teacher's numbers of the student's experts,
-    None where they are not known."""
+    """What is to be done. ``adapt``: what is trained, routers through an ``adapter`` of this kind; ``changed``: of
+    experts only those whose traffic differs from the teacher's by more than this share of it; ``experts``: by layer
+    the teacher's numbers of the student's experts, None where they are not known."""
 
     adapt: tuple[Adapt, ...] = ("routers",)
+    adapter: Kind = "lora"
     losses: Losses = field(default_factory=Losses)
     schedule: Schedule = field(default_factory=Schedule)
     changed: float | None = None
@@ -43,6 +44,7 @@ class Recovered:
 
     ``gradient_norm``: at the routers (at the experts, if no router is trained) of the objective alone, without the
     balancing and z losses, at the first step. ``parts``: the loss with only one part of what was trained.
+    ``ranks`` (of AdaLoRA): by layer, ``last`` as they were dealt out in the end, ``written`` those of the best state.
     """
 
     tensors: dict[str, torch.Tensor] | None
@@ -53,6 +55,7 @@ class Recovered:
     parts: dict[str, Any] = field(default_factory=dict)
     usage: dict[str, Any] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
+    ranks: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report: figures of all text, then by domain, part and layer."""
@@ -64,6 +67,7 @@ class Recovered:
             "gradient_norm": self.gradient_norm,
             "trained_parameters": self.trained,
             "steps": self.steps,
+            "ranks": self.ranks,
             "usage": self.usage,
             "log": self.log,
         }

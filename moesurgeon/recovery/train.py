@@ -80,13 +80,13 @@ class _Run:
         schedule, training = self.training.schedule, self.training
         weights = self.adapted.weights()
         found = Recovered(None, {}, 0.0, sum(weight.numel() for weight in weights))
-        best_loss, best, best_judged, worse = self.before.loss, None, self.before, 0
+        best_loss, best, worse = self.before.loss, None, 0
         optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), weight_decay=0.0)
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, schedule.steps, schedule.warmup))
         accelerator = Accelerator(cpu=self.steps.device.type == "cpu", step_scheduler_with_optimizer=False)
         optimizer, rate = self.steps.prepare(accelerator, optimizer, rate)
         if store and (state := store.load()):
-            self.adapted.load(state["weights"])
+            self.adapted.load(state["weights"], state["importance"])
             optimizer.load_state_dict(state["optimizer"])
             rate.load_state_dict(state["rate"])
             best_loss, best, worse = state["best_loss"], state["best"], state["worse"]
@@ -102,9 +102,11 @@ class _Run:
                 if given.norm is not None:
                     refuse_noise(given.norm, self.parts[0])
                     found.gradient_norm = given.norm
+                self.adapted.regularise()
                 accelerator.clip_grad_norm_(weights, schedule.clip)
                 optimizer.step()
                 rate.step()
+                self.adapted.allocate(found.steps)
                 optimizer.zero_grad()
                 advance(1)
                 if found.steps % schedule.judge_every and found.steps != schedule.steps:
@@ -129,6 +131,7 @@ class _Run:
                             "weights": self.adapted.state(),
                             "optimizer": optimizer.state_dict(),
                             "rate": rate.state_dict(),
+                            "importance": self.adapted.importance(),
                             "best_loss": best_loss,
                             "best": best,
                             "worse": worse,
@@ -136,17 +139,23 @@ class _Run:
                             "norm": found.gradient_norm,
                         }
                     )
+        self._finish(found, best)
+        return found
+
+    def _finish(self, found: Recovered, best: dict[str, torch.Tensor] | None) -> None:
+        """Put into ``found`` what the state ``best`` (None: that of the start) is, and is worth."""
+        judged, ranks = self.before, self.adapted.ranks()
         if best is not None:
             self.adapted.load(best)
             found.tensors = self.steps.stored(self.parts)
-            best_judged = self.steps.judged(self.parts, found.tensors)
-            found.parts = {part: self._closed(self._alone(part, best_judged)) for part in self.parts}
-        found.closed = self._closed(best_judged, domains=True)
+            judged = self.steps.judged(self.parts, found.tensors)
+            found.parts = {part: self._closed(self._alone(part, judged)) for part in self.parts}
+        found.ranks = ranks and {"last": ranks, "written": self.adapted.ranks() if best is not None else None}
+        found.closed = self._closed(judged, domains=True)
         found.usage = {
             "before": usage_of(self.anatomy, self.before.counts),
-            "after": usage_of(self.anatomy, best_judged.counts),
+            "after": usage_of(self.anatomy, judged.counts),
         }
-        return found
 
     def _groups(self) -> list[dict[str, Any]]:
         schedule, rate = self.training.schedule, self.training.schedule.learning_rate

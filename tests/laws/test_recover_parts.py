@@ -327,3 +327,25 @@ def test_recomputed_layers_give_the_same_run(case: Case, out: Path) -> None:
     for mine, theirs in zip(one["log"], two["log"], strict=True):
         assert mine["heldout"] == pytest.approx(theirs["heldout"], rel=1e-6)
     assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("reading")
+def test_adalora_changes_routers_alone_says_their_ranks_and_goes_on_where_it_was(
+    case: Case, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = replace(QUICK, steps=10, rank=3, learning_rate=2e-2)
+    options: dict[str, Any] = {"adapter": "adalora", "schedule": schedule}
+    clean = recovered_to(case.student.name, case.teacher.name, out, **options)
+    assert clean["loss_after"] < clean["loss_before"]
+    assert _changed(case.student, str(out)) == _names(case.student, routers=True)
+    assert verify(str(out), case.student.name)["tensors_replaced"] == len(case.student.anatomy.moe_layers)
+    assert set(clean["ranks"]) == {"last", "written"}
+    assert sum(clean["ranks"]["last"].values()) == 3 * len(case.student.anatomy.moe_layers)
+    again = out.with_name("again")
+    with monkeypatch.context() as patch:
+        _kill_at(8, patch)  # after ranks have been taken away
+        with pytest.raises(Killed):
+            recovered_to(case.student.name, case.teacher.name, again, **options)
+    resumed = recovered_to(case.student.name, case.teacher.name, again, **options)
+    assert {**resumed, "output": 0} == {**clean, "output": 0}
+    assert _folder(again) == _folder(out)
