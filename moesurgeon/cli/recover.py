@@ -100,6 +100,10 @@ def command(
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write them for TensorBoard, too (needs the package).")
     ] = None,
+    save_adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write what is trained as an adapter for peft, too, which fits CKPT."),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_memory: Annotated[
@@ -156,6 +160,7 @@ def command(
             cache=cache,
             log=log,
             tensorboard=tensorboard,
+            save_adapter=save_adapter,
         )
         text = text_of(traces, split=split, max_tokens=max_tokens, length=length, budget=budget, sample=sample)
         writing = Writing(
@@ -199,6 +204,8 @@ def _show(report: Report) -> None:
             f"{now['max_over_mean']:.2f} x the mean, {now['overflow']['1.25']:.1%} over a capacity of 1.25{dead}"
         )
     show_written(report)
+    if report["saved_adapter"]:
+        print(f"  wrote the adapter for peft to {report['saved_adapter']}")
 
 
 def _share(figures: Any) -> str:

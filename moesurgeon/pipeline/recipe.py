@@ -47,6 +47,7 @@ class RecoverStep(BaseModel):
     cache: Path | None = None
     log: Path | None = None
     tensorboard: Path | None = None
+    save_adapter: Path | None = None
 
 
 class RetopStep(BaseModel):

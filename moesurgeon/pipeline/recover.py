@@ -20,6 +20,7 @@ from moesurgeon.engine.whole import filled
 from moesurgeon.errors import CheckpointError, InputError, NothingToDo, UsageError
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.pipeline.options import Running, Text, Writing
+from moesurgeon.pipeline.recover_adapter import beside, refuse_adapter
 from moesurgeon.pipeline.recover_teacher import (
     experts_of_teacher,
     healed_before,
@@ -55,7 +56,7 @@ class RecoverSpec:
     ``adapt``: what is trained, routers through an ``adapter`` of this kind; ``changed``: of experts only those whose
     traffic differs from the teacher's by more than this share of it. ``cache``: where to keep what a teacher said
     that is another model (None: beside the output, until the end). ``log`` (a .csv or .json) and ``tensorboard`` (a
-    folder) are written at every judgement.
+    folder) are written at every judgement. ``save_adapter``: a folder for what is trained as peft has it.
     """
 
     teacher: str
@@ -68,6 +69,7 @@ class RecoverSpec:
     cache: Path | None = None
     log: Path | None = None
     tensorboard: Path | None = None
+    save_adapter: Path | None = None
 
 
 def recover(
@@ -88,6 +90,7 @@ def recover(
     subject, teacher = open_subject(source), open_subject(spec.teacher)
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
     _refuse_spec(subject, teacher, spec, text, writing)
+    refuse_adapter(spec.save_adapter, spec.adapt, writing, (subject.root, teacher.root))
     placement = place(running.device, running.dtype, subject.stored_dtype)
     is_itself = shares_weights(subject, teacher)
     _refuse_too_large(subject, None if is_itself else teacher, spec, placement, running)
@@ -161,8 +164,10 @@ def recover(
                 )
             gc.collect()
             plan = plan_recovered(student, recovered, spec, origin)
-            written = finish(plan, subject, writing, progress)
-    return {**report, **recovered.as_dict(), **written}
+            with beside(spec.save_adapter, recovered.adapter, source, writing):
+                written = finish(plan, subject, writing, progress)
+    saved = str(spec.save_adapter) if spec.save_adapter and recovered.adapter else None
+    return {**report, **recovered.as_dict(), **written, "saved_adapter": saved}
 
 
 def plan_recovered(student: Stream, recovered: Recovered, spec: RecoverSpec, origin: Mapping[str, Any]) -> EditPlan:

@@ -91,6 +91,11 @@ class AdaLora:
             nn.init.orthogonal_(layer.lora_A[_ADAPTER])
             nn.init.orthogonal_(layer.lora_B[_ADAPTER])
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The routers' weights, by running name."""
+        return tuple(self._layers)
+
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """Return A [R0, H], the values [R0, 1] and B [E, R0] of the router ``name``."""
         layer = self._layers[name]

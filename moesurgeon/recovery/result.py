@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moesurgeon.recovery.folder import Adapter
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.targets import Adapt, Kind, parts_of
@@ -45,6 +46,7 @@ class Recovered:
     ``gradient_norm``: at the routers (at the experts, if no router is trained) of the objective alone, without the
     balancing and z losses, at the first step. ``parts``: the loss with only one part of what was trained.
     ``ranks`` (of AdaLoRA): by layer, ``last`` as they were dealt out in the end, ``written`` those of the best state.
+    ``adapter``: the best state for peft's own use, if there is one and all of it is adapters.
     """
 
     tensors: dict[str, torch.Tensor] | None
@@ -56,6 +58,7 @@ class Recovered:
     usage: dict[str, Any] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     ranks: dict[str, Any] | None = None
+    adapter: Adapter | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report: figures of all text, then by domain, part and layer."""

@@ -13,6 +13,7 @@ from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.closed import Sums, closed
+from moesurgeon.recovery.folder import adapter_of
 from moesurgeon.recovery.judge import Judgement
 from moesurgeon.recovery.log import Log
 from moesurgeon.recovery.monitor import Counts, changed_experts, usage_of
@@ -147,7 +148,7 @@ class _Run:
         judged, ranks = self.before, self.adapted.ranks()
         if best is not None:
             self.adapted.load(best)
-            found.tensors = self.steps.stored(self.parts)
+            found.tensors, found.adapter = self.steps.stored(self.parts), adapter_of(self.adapted)
             judged = self.steps.judged(self.parts, found.tensors)
             found.parts = {part: self._closed(self._alone(part, judged)) for part in self.parts}
         found.ranks = ranks and {"last": ranks, "written": self.adapted.ranks() if best is not None else None}

@@ -172,6 +172,10 @@ def test_recover_with_ranks_that_are_dealt_out(name: str, out: Path, top1: dict[
     assert set(report["ranks"]["last"]) == set(report["usage"]["after"])
     assert max(report["ranks"]["last"].values()) <= 3
     assert "  layer 1: rank " in succeeded(*command, "--overwrite").out
+    adapter = out.with_name("adapter")
+    report = succeeded(*command, "--overwrite", "--save-adapter", adapter, "--json").json
+    assert report["saved_adapter"] == (str(adapter) if report["ranks"]["written"] else None)
+    assert adapter.exists() == (report["ranks"]["written"] is not None)
 
 
 @both

@@ -65,6 +65,7 @@ def test_malformed_recipe(text: str, says: tuple[str, ...], out: Path, tmp_path:
         ("steps: [{profile: {}}, {prune: {keep: 6}}, {profile: {}}, {prune: {keep: 7}}]", ("cannot keep 7", "has 6")),
         ("steps: [{retop: {}}, {recover: {losses: {objective: lm}}}]", ("top-1 Mixtral", "distill")),
         ("steps: [{retop: {}}, {recover: {adapt: [routers, full-routers]}}]", ("exclude each other",)),
+        ("steps: [{retop: {}}, {recover: {save_adapter: a, adapt: [full-routers]}}]", ("are no adapter",)),
         ("steps: [{retop: {}}, {recover: {adapter: adalora, adapt: [experts]}}]", ("--adapt routers alone",)),
         ("steps: [{retop: {}}, {recover: {adapter: adalora, schedule: {rank: 9}}}]", ("lower --rank",)),
         ("steps: [{retop: {}}, {recover: {log: steps.txt}}]", ("steps.txt", "no format")),
