@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import moesurgeon
 from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.engine.budget import free_bytes
 from moesurgeon.engine.device import Placement, place
+from moesurgeon.engine.ranks import join_ranks
 from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.whole import filled
 from moesurgeon.errors import CheckpointError, InputError, NothingToDo, UsageError
@@ -47,6 +49,9 @@ from moesurgeon.runtime.cost import count_parameters
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, identity
+
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one another: a teacher says all that it has to say while the others wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,8 @@ def recover(
     Trains on the calibration split (of the user's traces on the train split, the largest) and judges on
     the validation split. Where no state beats the start on held-out text, nothing is written
     (NothingToDo) unless ``writing`` allows a copy. A run that was killed goes on from its last judgement, in
-    ``.NAME.recover`` beside the output, which goes away at the end.
+    ``.NAME.recover`` beside the output, which goes away at the end. Of several processes each trains on rows
+    of every batch; the first writes.
     """
     subject, teacher = open_subject(source), open_subject(spec.teacher)
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
@@ -131,8 +137,11 @@ def recover(
         experts=experts,
         length=length,
     )
-    facts = [asdict(training), teacher.fingerprint, str(placement), tokens_digest(corpus), tokens_digest(heldout)]
-    store = Store(writing.output.absolute().with_name(f".{writing.output.name}.recover"), _digest(subject, facts))
+    ranks = join_ranks(running.device, PATIENCE)
+    texts = [tokens_digest(corpus), tokens_digest(heldout)]
+    facts = [asdict(training), teacher.fingerprint, str(placement), *texts, ranks.size]
+    kept = writing.output.absolute().with_name(f".{writing.output.name}.recover")
+    store = Store(kept, _digest(subject, facts), ranks)
     _refuse_existing(spec.log, store, writing)
     origin = {"teacher": teacher.fingerprint, "traces": corpus.hashes, "heldout_traces": heldout.hashes}
     with _kept_only_if_killed(store):
@@ -147,15 +156,17 @@ def recover(
                 experts,
                 placement=placement,
                 length=length,
+                ranks=ranks,
                 progress=progress,
             )
         # Eager experts gather by index, whose gradient one thread of a CPU adds up.
         with Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement, "grouped_mm") as opened:
             student = Stream(opened, Overlay(plan=identity(subject.anatomy)))
-            log = Log(spec.log, spec.tensorboard)
+            log = Log(spec.log, spec.tensorboard) if ranks.is_first else None
             recovered = train(
-                student, filled(opened), said, corpus, heldout, training, store=store, log=log, progress=progress
-            )
+                student, filled(opened), said, corpus, heldout, training,
+                ranks=ranks, store=store, log=log, progress=progress,
+            )  # fmt: skip
             if recovered.tensors is None and not writing.allow_noop:
                 raise NothingToDo(
                     f"recovery found nothing better than the start on held-out text (loss "
@@ -163,9 +174,12 @@ def recover(
                     "rate or --allow-noop"
                 )
             gc.collect()
-            plan = plan_recovered(student, recovered, spec, origin)
-            with beside(spec.save_adapter, recovered.adapter, source, writing):
-                written = finish(plan, subject, writing, progress)
+            written: dict[str, Any] = {}
+            if ranks.is_first:
+                plan = plan_recovered(student, recovered, spec, origin)
+                with beside(spec.save_adapter, recovered.adapter, source, writing):
+                    written = finish(plan, subject, writing, progress)
+            ranks.least(1)  # it is written
     saved = str(spec.save_adapter) if spec.save_adapter and recovered.adapter else None
     return {**report, **recovered.as_dict(), **written, "saved_adapter": saved}
 
@@ -243,7 +257,7 @@ def _kept_only_if_killed(store: Store) -> Iterator[None]:
 
 
 def _refuse_existing(log: Path | None, store: Store, writing: Writing) -> None:
-    if log is not None and log.exists() and not writing.overwrite and store.load() is None:
+    if log is not None and log.exists() and not writing.overwrite and store.read() is None:
         raise UsageError(f"{log} exists; name another --log or add --overwrite")
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import moesurgeon
 from moesurgeon.checkpoint.compare import same_tensors
 from moesurgeon.engine.device import Placement
+from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.whole import load_model
-from moesurgeon.errors import UsageError
+from moesurgeon.errors import InputError, UsageError
 from moesurgeon.families.keys import count_of
 from moesurgeon.pipeline.provenance import history_of
 from moesurgeon.pipeline.subject import Subject
@@ -104,15 +105,17 @@ def said_by(
     *,
     placement: Placement,
     length: int,
+    ranks: Ranks | None = None,
     progress: Progress,
 ) -> Cached:
     """Return what ``teacher`` says of the text, from ``folder`` if it was said before.
 
-    The teacher is in memory only meanwhile.
+    The teacher is in memory only meanwhile. Of several ``ranks`` the first asks it, the others wait.
     """
     digest = cache_digest(teacher, text, heldout, losses, placement=placement, length=length)
     place = folder / f"teacher-{digest[:16]}"
-    if not is_cached(place, digest):
+    ranks = ranks or Ranks()
+    if ranks.is_first and not is_cached(place, digest):
         model = load_model(teacher.checkpoint, teacher.anatomy, placement)
         fill_cache(
             place,
@@ -127,6 +130,9 @@ def said_by(
         )
         del model
         gc.collect()  # modules and their parents refer to each other
+    ranks.least(1)  # it has said all
+    if not is_cached(place, digest):
+        raise InputError(f"{place} has not what the teacher said; name a --cache that all processes can read")
     return Cached(place, text, experts if losses.router else None)
 
 

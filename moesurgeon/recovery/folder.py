@@ -40,6 +40,7 @@ class Adapter:
         """Write into the empty ``folder`` an adapter of the checkpoint ``base``."""
         config = copy.deepcopy(self.config)
         config.base_model_name_or_path, config.inference_mode = base, True
+        config.target_parameters = sorted(config.target_parameters)  # peft makes a set of it: the same bytes each time
         config.task_type = "CAUSAL_LM"  # AutoPeftModelForCausalLM looks for it
         config.save_pretrained(str(folder))
         save_file(self.tensors, folder / _TENSORS, {"format": "pt"})

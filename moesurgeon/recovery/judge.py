@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from moesurgeon.engine.batches import Batch, batches_of, rows_for
+from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.evaluation.measure import LOSS, Measurement, measure
 from moesurgeon.progress import SILENT, Progress
@@ -32,19 +34,33 @@ class Judgement:
 
 
 class Judge:
-    """Measures ``model`` as it is on ``heldout``, in windows of up to ``length`` tokens."""
+    """Measures ``model`` as it is on ``heldout``, in windows of up to ``length`` tokens.
+
+    Of several ``ranks`` each takes some of the batches, and all return the judgement of all.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, learning: Learning, heldout: Corpus, length: int
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        learning: Learning,
+        heldout: Corpus,
+        length: int,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         self._model, self._anatomy, self._learning = model, anatomy, learning
         self._domains = heldout.domains
         self._batches: list[Batch] = list(batches_of(heldout, rows=rows_for(length), device=model.device))
 
     def judged(self, progress: Progress = SILENT) -> Judgement:
         """Return losses and use of the model; it needs nothing but a forward pass."""
-        monitor = Monitor(self._anatomy, self._batches)
+        count = len(self._batches)
+        monitor = Monitor(self._anatomy, [self._batches[number] for number in self._ranks.mine(count)])
         stream = Stream(Source.of_model(self._model, self._anatomy))
         with self._learning.watched(monitor.watch):
-            measured = measure(stream, self._domains, self._batches, progress=progress, label="judging")
-        return Judgement(measured.sums[:, LOSS], monitor.counts, measured)
+            measured = measure(
+                stream, self._domains, self._batches, ranks=self._ranks, progress=progress, label="judging"
+            )
+        counts = self._ranks.gathered(monitor.counts.astype(np.float64), count).astype(np.int64)
+        return Judgement(measured.sums[:, LOSS], counts, measured)

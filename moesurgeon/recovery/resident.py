@@ -11,12 +11,14 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Stream
 from moesurgeon.recovery.adapters import Adapted
 from moesurgeon.recovery.estimator import learning_routers
 from moesurgeon.recovery.judge import Judge, Judgement
 from moesurgeon.recovery.layers import outputs, recomputed
 from moesurgeon.recovery.result import Training
+from moesurgeon.recovery.share import Share, add_up, share_of, summed_each
 from moesurgeon.recovery.steps import Gradients
 from moesurgeon.recovery.targets import Experts, Part, as_stored, parts_of, refuse_unwritable, targets_of
 from moesurgeon.recovery.teacher import Itself, Said, Teacher
@@ -30,10 +32,17 @@ class Resident:
     """``model`` with the weights of ``student``; until ``stack`` is left its routers learn. See ``steps.Steps``."""
 
     def __init__(
-        self, stack: ExitStack, student: Stream, model: PreTrainedModel, heldout: Corpus, training: Training
+        self,
+        stack: ExitStack,
+        student: Stream,
+        model: PreTrainedModel,
+        heldout: Corpus,
+        training: Training,
+        ranks: Ranks | None = None,
     ) -> None:
         self.anatomy, self.device = student.anatomy, model.device
         self._student, self._model, self._training = student, model, training
+        self._ranks = ranks or Ranks()
         self._parts = parts_of(training.adapt)
         self._targets = targets_of(model, self.anatomy, training.adapt)
         refuse_unwritable(student, self._targets)
@@ -44,7 +53,7 @@ class Resident:
         )
         if training.schedule.recompute:
             stack.enter_context(recomputed(model, self.anatomy))
-        self._judge = Judge(model, self.anatomy, self._learning, heldout, training.length)
+        self._judge = Judge(model, self.anatomy, self._learning, heldout, training.length, self._ranks)
         self._adapted: Adapted | None = None
         self._teacher: Teacher | None = None
         self._accelerator: Accelerator
@@ -76,22 +85,28 @@ class Resident:
     def prepare(self, accelerator: Accelerator, optimizer: Any, rate: Any) -> tuple[Any, Any]:
         assert self._adapted is not None
         self._accelerator = accelerator
-        self._running, optimizer, rate = accelerator.prepare(self._adapted.model, optimizer, rate)
+        if self._ranks.size > 1:  # gradients are added up here (``share``), not averaged by a wrapper
+            self._running = self._adapted.model
+            optimizer, rate = accelerator.prepare(optimizer, rate)
+        else:
+            self._running, optimizer, rate = accelerator.prepare(self._adapted.model, optimizer, rate)
         return optimizer, rate
 
     def gradients(self, batch: Batch, norm_of: Part | None) -> Gradients:
-        terms = self._losses(batch)
+        assert self._adapted is not None
+        terms = self._losses(share_of(batch, self._ranks))
         norm = None if norm_of is None else self._norm(terms.main, norm_of)
         self._accelerator.backward(terms.main + terms.beside)
+        add_up(self._adapted.weights(), self._ranks)
         return Gradients(terms.figures, norm)
 
     def stored(self, parts: Sequence[Part]) -> dict[str, torch.Tensor]:
         assert self._adapted is not None
         return {name: as_stored(self._student, name, weight) for name, weight in self._adapted.merged(parts)}
 
-    def _losses(self, batch: Batch) -> Terms:
-        """Run the student on ``batch`` and return what is to become small."""
-        losses, learning = self._training.losses, self._learning
+    def _losses(self, share: Share) -> Terms:
+        """Run the student on its ``share`` of a batch and return what is to become small."""
+        losses, learning, batch = self._training.losses, self._learning, share.batch
         said = self._teacher.says(batch) if self._teacher else Said()
         learning.routed.clear()
         learning.is_text = batch.is_text.flatten()
@@ -100,10 +115,10 @@ class Resident:
             logits = self._running(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
         routed = learning.routed[: len(self.anatomy.moe_layers)]
         return terms_of(
-            losses, learning.rule, Heard(logits, routed, hidden), said, batch, routers="routers" in self._parts
+            losses, learning.rule, Heard(logits, routed, hidden), said, share, routers="routers" in self._parts
         )
 
     def _norm(self, main: torch.Tensor, part: Part) -> float:
         assert self._adapted is not None
         parts = torch.autograd.grad(main, self._adapted.weights(part), retain_graph=True)
-        return float(torch.nn.utils.get_total_norm(parts))
+        return float(torch.nn.utils.get_total_norm(summed_each(parts, self._ranks)))

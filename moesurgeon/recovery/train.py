@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
 from moesurgeon.progress import SILENT, Progress
@@ -44,6 +45,7 @@ def train(
     heldout: Corpus,
     training: Training,
     *,
+    ranks: Ranks | None = None,
     store: Store | None = None,
     log: Log | None = None,
     progress: Progress = SILENT,
@@ -51,11 +53,12 @@ def train(
     """Train ``model``, which holds the weights of ``student``, and return the best state on ``heldout``.
 
     ``teacher``: what it said, or the anatomy by which the student itself is the teacher. ``model`` is consumed.
+    Of several ``ranks`` each trains on rows of every batch, and all have the same result.
     Raises UsageError if the objective does not reach what is trained, CheckpointError for what could not be stored.
     """
     refuse_without_gradient(student.anatomy, training.losses, training.adapt)
     with ExitStack() as stack:
-        run = _Run(Resident(stack, student, model, heldout, training), teacher, text, training)
+        run = _Run(Resident(stack, student, model, heldout, training, ranks), teacher, text, training)
         return run.result(store, log or Log(), progress)
 
 
