@@ -94,6 +94,10 @@ def command(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    streamed: Annotated[
+        bool,
+        typer.Option("--streamed", help="Read the layers at every step, as is done for what does not fit into memory."),
+    ] = False,
     max_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Memory to use at most, as 16GB. Default: most of what is free."),
@@ -147,6 +151,7 @@ def command(
             cache=cache,
             log=log,
             tensorboard=tensorboard,
+            streamed=streamed,
         )
         text = text_of(traces, split=split, max_tokens=max_tokens, length=length, budget=budget, sample=sample)
         writing = Writing(
@@ -179,6 +184,8 @@ def _show(report: Report) -> None:
             print(f"  healing before ({healed['method']}): {_percent(healed['gap_closed'])} of the gap of its cut")
         for part, figures in report["parts"].items():
             print(f"  {part} alone: {_percent(figures['gap_closed'])}, loss {figures['loss']:.4f}")
+    if not report["resident"]:
+        print(f"  layers were streamed: {report['bytes_read_per_step'] / 1e9:.2f} GB read at every step")
     for layer, now in report["usage"]["after"].items():
         before = report["usage"]["before"][layer]
         dead = f", {len(now['dead'])} dead" if now["dead"] else ""

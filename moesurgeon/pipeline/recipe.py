@@ -46,6 +46,7 @@ class RecoverStep(BaseModel):
     cache: Path | None = None
     log: Path | None = None
     tensorboard: Path | None = None
+    streamed: bool = False
 
 
 class RetopStep(BaseModel):

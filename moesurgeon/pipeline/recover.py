@@ -6,20 +6,20 @@ import gc
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import moesurgeon
 from moesurgeon.checkpoint.open import CONFIG_NAME
-from moesurgeon.engine.budget import free_bytes
-from moesurgeon.engine.device import Placement, place
+from moesurgeon.engine.device import place
 from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.whole import filled
 from moesurgeon.errors import CheckpointError, InputError, NothingToDo, UsageError
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.pipeline.options import Running, Text, Writing
+from moesurgeon.pipeline.recover_streamed import fits, streaming
 from moesurgeon.pipeline.recover_teacher import (
     experts_of_teacher,
     healed_before,
@@ -33,15 +33,14 @@ from moesurgeon.pipeline.text import read_text, window_length
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.log import Log, check_log
-from moesurgeon.recovery.memory import training_bytes
 from moesurgeon.recovery.objective import Losses, refuse_without_gradient
 from moesurgeon.recovery.result import Recovered, Training
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.state import Store
+from moesurgeon.recovery.streamed import Streaming, bytes_per_step
 from moesurgeon.recovery.targets import WRITABLE, Adapt, check_adapt, parts_of
 from moesurgeon.recovery.teacher_cache import Cached
 from moesurgeon.recovery.train import train
-from moesurgeon.runtime.cost import count_parameters
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, identity
@@ -54,6 +53,7 @@ class RecoverSpec:
     ``adapt``: what is trained; ``changed``: of experts only those whose traffic differs from the teacher's by more
     than this share of it. ``cache``: where to keep what a teacher said that is another model (None: beside the
     output, until the end). ``log`` (a .csv or .json) and ``tensorboard`` (a folder) are written at every judgement.
+    ``streamed``: read the layers at every step even where all would fit into memory.
     """
 
     teacher: str
@@ -65,6 +65,7 @@ class RecoverSpec:
     cache: Path | None = None
     log: Path | None = None
     tensorboard: Path | None = None
+    streamed: bool = False
 
 
 def recover(
@@ -87,7 +88,8 @@ def recover(
     _refuse_spec(subject, teacher, spec, text, writing)
     placement = place(running.device, running.dtype, subject.stored_dtype)
     is_itself = shares_weights(subject, teacher)
-    _refuse_too_large(subject, None if is_itself else teacher, spec, placement, running)
+    fitting = fits(subject.anatomy, placement, spec.adapt, spec.losses, spec.schedule, running)
+    streamed = spec.streamed or not fitting
     length = window_length(subject, text)
     corpus = read_text(subject, text, builtin_split="calibration", own_split="train")
     heldout_text = text.even(max_tokens=spec.heldout_tokens, split="validation")
@@ -111,6 +113,8 @@ def recover(
         "domains": dict(corpus.tokens),
         "splits": dict(corpus.splits),
         "placement": str(placement),
+        "resident": not streamed,
+        "bytes_read_per_step": 0,
         "healed_before": healed_before(subject),
     }
     if writing.dry_run:
@@ -123,11 +127,26 @@ def recover(
         experts=experts,
         length=length,
     )
-    facts = [asdict(training), teacher.fingerprint, str(placement), tokens_digest(corpus), tokens_digest(heldout)]
+    facts = [
+        asdict(training),
+        streamed,
+        teacher.fingerprint,
+        str(placement),
+        tokens_digest(corpus),
+        tokens_digest(heldout),
+    ]
     store = Store(writing.output.absolute().with_name(f".{writing.output.name}.recover"), _digest(subject, facts))
     _refuse_existing(spec.log, store, writing)
     origin = {"teacher": teacher.fingerprint, "traces": corpus.hashes, "heldout_traces": heldout.hashes}
-    with _kept_only_if_killed(store):
+    with _kept_only_if_killed(store), ExitStack() as stack:
+        # Eager experts gather by index, whose gradient one thread of a CPU adds up.
+        opened = stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement, "grouped_mm"))
+        layers: Streaming | None = None
+        if streamed:  # before the teacher speaks: it may be refused
+            layers = stack.enter_context(
+                streaming(opened, training, heldout, running.max_memory, least=spec.streamed, folder=store.folder)
+            )
+            report["bytes_read_per_step"] = bytes_per_step(opened)
         said: Cached | Anatomy = teacher.anatomy
         if not is_itself:
             said = said_by(
@@ -139,24 +158,24 @@ def recover(
                 experts,
                 placement=placement,
                 length=length,
+                max_memory=running.max_memory,
+                streamed=spec.streamed,
                 progress=progress,
             )
-        # Eager experts gather by index, whose gradient one thread of a CPU adds up.
-        with Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement, "grouped_mm") as opened:
-            student = Stream(opened, Overlay(plan=identity(subject.anatomy)))
-            log = Log(spec.log, spec.tensorboard)
-            recovered = train(
-                student, filled(opened), said, corpus, heldout, training, store=store, log=log, progress=progress
+        student = Stream(opened, Overlay(plan=identity(subject.anatomy)))
+        log = Log(spec.log, spec.tensorboard)
+        recovered = train(
+            student, layers or filled(opened), said, corpus, heldout, training, store=store, log=log, progress=progress
+        )
+        if recovered.tensors is None and not writing.allow_noop:
+            raise NothingToDo(
+                f"recovery found nothing better than the start on held-out text (loss "
+                f"{recovered.closed['loss_before']:.4f}); nothing was written: try more steps, another learning "
+                "rate or --allow-noop"
             )
-            if recovered.tensors is None and not writing.allow_noop:
-                raise NothingToDo(
-                    f"recovery found nothing better than the start on held-out text (loss "
-                    f"{recovered.closed['loss_before']:.4f}); nothing was written: try more steps, another learning "
-                    "rate or --allow-noop"
-                )
-            gc.collect()
-            plan = plan_recovered(student, recovered, spec, origin)
-            written = finish(plan, subject, writing, progress)
+        gc.collect()
+        plan = plan_recovered(student, recovered, spec, origin)
+        written = finish(plan, subject, writing, progress)
     return {**report, **recovered.as_dict(), **written}
 
 
@@ -198,24 +217,6 @@ def _refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Te
             f"--split {text.split} would train on the text that judges the result; use train or calibration"
         )
     refuse_other_model(subject, teacher, spec.losses)
-
-
-def _refuse_too_large(
-    subject: Subject, teacher: Subject | None, spec: RecoverSpec, placement: Placement, running: Running
-) -> None:
-    """Raise UsageError where training would need what it cannot have. ``teacher``: where it is another model."""
-    if placement.spread:
-        raise UsageError("recover trains on one device; name it, as in --device cuda:0")
-    needed = training_bytes(subject.anatomy, placement, spec.adapt, spec.losses, spec.schedule)
-    if teacher is not None:  # before the student, not beside it
-        needed = max(needed, count_parameters(teacher.anatomy).total * placement.dtype.itemsize)
-    free = free_bytes(running.max_memory, placement.device)
-    if needed > free:
-        limit = "--max-memory leaves" if running.max_memory is not None else "the memory that is free leaves"
-        raise UsageError(
-            f"recover holds the checkpoint in memory and needs about {needed:,} bytes; {limit} {max(0, free):,}: "
-            "lower --tokens-per-step, add --recompute, train fewer parts, or choose a smaller --dtype"
-        )
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def _write(
         spec = step.prune if step.prune.profile or step.prune.keep_experts else replace(step.prune, profile=taken)
         return prune(current, replace(spec, heal=heal), Writing(output=target), progress, recipe.running)
     assert step.recover is not None
-    given = ("adapt", "changed", "losses", "schedule", "heldout_tokens", "cache", "log", "tensorboard")
+    given = ("adapt", "changed", "losses", "schedule", "heldout_tokens", "cache", "log", "tensorboard", "streamed")
     spec_ = RecoverSpec(teacher=recipe.checkpoint, **{name: getattr(step.recover, name) for name in given})
     text = replace(recipe.text, max_tokens=step.recover.max_tokens)
     writing = Writing(output=target, allow_noop=step.recover.allow_noop)

@@ -61,7 +61,7 @@ class Learning:
 
     ``routed``: what they made of the last passes under gradients (of all passes while it ``records``), router by
     router; who reads it clears it. ``capacity``: factor beyond which choices are dropped while training, of the
-    tokens that ``is_text`` [T] says are text.
+    tokens that ``is_text`` [T] says are text. ``rehearses``: passes without gradients are as those with them.
     """
 
     def __init__(self, anatomy: Anatomy, candidates: int | None, capacity: float | None) -> None:
@@ -72,6 +72,7 @@ class Learning:
         self.watch: Watch | None = None
         self.capacity = capacity
         self.is_text: torch.Tensor | None = None
+        self.rehearses = False
 
     @contextmanager
     def routing_as(self, anatomy: Anatomy) -> Iterator[None]:
@@ -142,7 +143,7 @@ def _forward(
         logits_TE = F.linear(flat, weight)
         scores_TE = rule.scores(logits_TE)
         chosen_TK = rule.choose(scores_TE.detach(), selection_bias(block), top_k)
-        learns = torch.is_grad_enabled()  # a pass that only judges runs the chosen experts alone
+        learns = torch.is_grad_enabled() or learning.rehearses  # a pass that only judges runs the chosen experts alone
         if learns or learning.records:
             learning.routed.append(Routed(logits_TE, chosen_TK))
         if not learns:

@@ -87,11 +87,16 @@ def balance_loss(routing: Routing, routed: Sequence[Routed], text: torch.Tensor)
     rows = text.flatten()
     losses = []
     for layer in routed:
-        scores = routing.scores(layer.logits[rows])
-        chosen = layer.chosen[rows].flatten().bincount(minlength=scores.shape[-1])
-        shares = (scores / scores.sum(-1, keepdim=True)).mean(0)
-        losses.append(scores.shape[-1] * (chosen / chosen.sum() * shares).sum())
+        chosen = layer.chosen[rows].flatten().bincount(minlength=layer.logits.shape[-1])
+        losses.append(balance_of(routing, layer.logits[rows], chosen / chosen.sum()))
     return torch.stack(losses).mean()
+
+
+def balance_of(routing: Routing, logits_NE: torch.Tensor, share_E: torch.Tensor) -> torch.Tensor:
+    """Return E x sum_e ``share_E`` x (mean score share) of one layer, for these shares of the choices."""
+    scores = routing.scores(logits_NE)
+    shares = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    return scores.shape[-1] * (share_E * shares).sum()
 
 
 def router_distillation(

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from moesurgeon.engine.batches import Batch
-from moesurgeon.engine.streams import Stream
+from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.recovery.adapters import Adapted
 from moesurgeon.recovery.estimator import learning_routers
 from moesurgeon.recovery.judge import Judge, Judgement
@@ -44,7 +44,7 @@ class Resident:
         )
         if training.schedule.recompute:
             stack.enter_context(recomputed(model, self.anatomy))
-        self._judge = Judge(model, self.anatomy, self._learning, heldout, training.length)
+        self._judge = Judge(Stream(Source.of_model(model, self.anatomy)), self._learning, heldout, training.length)
         self._adapted: Adapted | None = None
         self._teacher: Teacher | None = None
         self._accelerator: Accelerator
