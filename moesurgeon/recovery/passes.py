@@ -93,7 +93,7 @@ class _Step:
                 if passes.teacher is not None and passes.losses.objective == "distill":
                     with torch.no_grad():
                         said = Said(logits=tail.on(passes.teacher, self.walk.hidden[passes.teacher].get(number)))
-                states = self.walk.hidden[student].get(number).detach().requires_grad_()
+                states = self._here(self.walk.hidden[student].get(number)).detach().requires_grad_()
                 self.terms.at_the_end(number, tail.on(student, states), said).backward()
                 assert states.grad is not None
                 self.at_the_end.put(number, states.grad)
@@ -147,7 +147,7 @@ class _Step:
         for number, piece in enumerate(self.pieces):
             if passes.teacher is not None:
                 self.theirs[layer.number].put(number, self.walk.hidden[passes.teacher].get(number))
-            mine = self.walk.hidden[passes.student].get(number)[piece.is_text]
+            mine = self._here(self.walk.hidden[passes.student].get(number))[piece.is_text]
             found.append((mine, self._wanted(layer.number, number)))
         self.terms.see_hidden(layer.number, self.layers, found)
 
@@ -156,13 +156,12 @@ class _Step:
         if self.passes.cached is not None:
             states: torch.Tensor = self.said[number].hidden[layer]
             return states
-        return self.theirs[layer].get(number)[self.pieces[number].is_text]
+        return self._here(self.theirs[layer].get(number))[self.pieces[number].is_text]
 
     def _back(self, layer: Layer, number: int, gradient: torch.Tensor, beside: bool) -> torch.Tensor | None:
         """Run ``layer`` again on what it was given of a piece, and return the gradient of that; None of the lowest."""
         passes, learning, at = self.passes, self.passes.learning, layer.number
-        states = self.inputs[at].get(number).detach().to(gradient.device)
-        states.requires_grad_(at > passes.lowest)
+        states = self._here(self.inputs[at].get(number)).detach().requires_grad_(at > passes.lowest)
         learning.routed.clear()
         learning.is_text = self.pieces[number].is_text.flatten()
         output = layer.on(passes.student, number, states)
@@ -173,7 +172,9 @@ class _Step:
         if passes.losses.hidden:
             scalars.append(self.terms.of_hidden(at, self.layers, number, output, self._wanted(at, number)))
         scalars = [each for each in scalars if each.requires_grad]
-        torch.autograd.backward([output, *scalars], [gradient, *(torch.ones_like(each) for each in scalars)])
+        torch.autograd.backward(
+            [output, *scalars], [self._here(gradient), *(torch.ones_like(each) for each in scalars)]
+        )
         learning.routed.clear()
         return states.grad
 
@@ -185,6 +186,10 @@ class _Step:
             return self.routers[layer, number]
         logits: torch.Tensor = self.said[number].routers[self.moe_layers.index(layer)]
         return logits
+
+    def _here(self, states: torch.Tensor) -> torch.Tensor:
+        """Bring what may be in a file to where it is computed."""
+        return states.to(self.passes.student.source.placement.device)
 
     def _states(self, name: str) -> HiddenStates:
         student, folder = self.passes.student, self.passes.folder
