@@ -106,6 +106,10 @@ def command(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    streamed: Annotated[
+        bool,
+        typer.Option("--streamed", help="Read the layers at every step, as is done for what does not fit into memory."),
+    ] = False,
     max_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Memory to use at most, as 16GB. Default: most of what is free."),
@@ -161,6 +165,7 @@ def command(
             log=log,
             tensorboard=tensorboard,
             save_adapter=save_adapter,
+            streamed=streamed,
         )
         text = text_of(traces, split=split, max_tokens=max_tokens, length=length, budget=budget, sample=sample)
         writing = Writing(
@@ -196,6 +201,8 @@ def _show(report: Report) -> None:
     for layer, rank in report["ranks"]["last"].items() if report["ranks"] else ():
         written = (report["ranks"]["written"] or {}).get(layer)
         print(f"  layer {layer}: rank {rank} for its router" + (f", {written} in what is written" if written else ""))
+    if not report["resident"]:
+        print(f"  layers were streamed: {report['bytes_read_per_step'] / 1e9:.2f} GB read at every step")
     for layer, now in report["usage"]["after"].items():
         before = report["usage"]["before"][layer]
         dead = f", {len(now['dead'])} dead" if now["dead"] else ""

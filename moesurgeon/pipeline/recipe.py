@@ -48,6 +48,7 @@ class RecoverStep(BaseModel):
     log: Path | None = None
     tensorboard: Path | None = None
     save_adapter: Path | None = None
+    streamed: bool = False
 
 
 class RetopStep(BaseModel):

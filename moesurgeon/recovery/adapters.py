@@ -111,7 +111,7 @@ class Adapted:
         """Yield the plain weights of ``parts`` by running name, in float32, one after the other."""
         for target in self.targets:
             if target.part in parts:
-                yield target.name, self._merged(target)
+                yield target.name, self.merged_with(target, self._stored(target))
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -166,12 +166,13 @@ class Adapted:
         return target.weight
 
     @torch.no_grad()
-    def _merged(self, target: Target) -> torch.Tensor:
+    def merged_with(self, target: Target, weight: torch.Tensor) -> torch.Tensor:
+        """Return the plain weight of ``target`` in float32, of the ``weight`` from before the training."""
         if not target.low_rank:
             return self._masters[target.name].master.detach().clone()
         if self.svd:
-            return self._stored(target).detach().float() + self.svd.delta(target.name)
-        wrapper, weight = self._wrappers[target.name], self._stored(target)
+            return weight.detach().float() + self.svd.delta(target.name)
+        wrapper = self._wrappers[target.name]
         down, up = (each.detach() for each in self._trained(target))
         if weight.dim() == 2:
             delta = up @ down

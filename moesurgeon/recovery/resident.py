@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moesurgeon.engine.batches import Batch
 from moesurgeon.engine.ranks import Ranks
-from moesurgeon.engine.streams import Stream
+from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.recovery.adapters import Adapted
 from moesurgeon.recovery.estimator import learning_routers
 from moesurgeon.recovery.judge import Judge, Judgement
@@ -53,7 +53,8 @@ class Resident:
         )
         if training.schedule.recompute:
             stack.enter_context(recomputed(model, self.anatomy))
-        self._judge = Judge(model, self.anatomy, self._learning, heldout, training.length, self._ranks)
+        stream = Stream(Source.of_model(model, self.anatomy))
+        self._judge = Judge(stream, self._learning, heldout, training.length, ranks=self._ranks)
         self._adapted: Adapted | None = None
         self._teacher: Teacher | None = None
         self._accelerator: Accelerator

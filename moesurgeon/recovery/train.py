@@ -24,6 +24,7 @@ from moesurgeon.recovery.result import Recovered, Training
 from moesurgeon.recovery.schedule import endless, pace
 from moesurgeon.recovery.state import Store
 from moesurgeon.recovery.steps import Steps
+from moesurgeon.recovery.streamed import Streamed, Streaming
 from moesurgeon.recovery.targets import Part, parts_of
 from moesurgeon.recovery.teacher_cache import Cached
 from moesurgeon.surgery.anatomy import Anatomy
@@ -39,7 +40,7 @@ WHOLE = 0.1
 
 def train(
     student: Stream,
-    model: PreTrainedModel,
+    model: PreTrainedModel | Streaming,
     teacher: Cached | Anatomy,
     text: Corpus,
     heldout: Corpus,
@@ -52,13 +53,19 @@ def train(
 ) -> Recovered:
     """Train ``model``, which holds the weights of ``student``, and return the best state on ``heldout``.
 
-    ``teacher``: what it said, or the anatomy by which the student itself is the teacher. ``model`` is consumed.
-    Of several ``ranks`` each trains on rows of every batch, and all have the same result.
+    Or, without one, the layers of ``student`` as they are read. ``teacher``: what it said, or the anatomy by which
+    the student itself is the teacher. ``model`` is consumed. Of several ``ranks`` each trains on rows of every batch,
+    and all have the same result.
     Raises UsageError if the objective does not reach what is trained, CheckpointError for what could not be stored.
     """
     refuse_without_gradient(student.anatomy, training.losses, training.adapt)
     with ExitStack() as stack:
-        run = _Run(Resident(stack, student, model, heldout, training, ranks), teacher, text, training)
+        steps: Steps
+        if isinstance(model, Streaming):
+            steps = Streamed(stack, student, model, heldout, training, ranks)
+        else:
+            steps = Resident(stack, student, model, heldout, training, ranks)
+        run = _Run(steps, teacher, text, training)
         return run.result(store, log or Log(), progress)
 
 

@@ -238,9 +238,9 @@ def test_a_student_that_is_its_own_teacher_learns_as_from_another_model(
     """With a vocabulary of 64 the cache holds the whole distribution, so that both are the same training."""
     teacher, student = _top_1(tmp_path, vocab_size=64)
     loaded = []
-    load = recover_teacher.load_model
+    fill = recover_teacher.fill_cache
     monkeypatch.setattr(
-        recover_teacher, "load_model", lambda *given, **named: loaded.append(1) or load(*given, **named)
+        recover_teacher, "fill_cache", lambda *given, **named: loaded.append(1) or fill(*given, **named)
     )
     with texts(monkeypatch, *random_corpora(student)):
         options: dict[str, Any] = {
@@ -293,15 +293,15 @@ def test_a_pruned_student_learns_from_a_cache_that_can_be_kept(
     prune(teacher.name, PruneSpec(keep_experts=kept), Writing(output=tmp_path / "pruned"))
     student = open_subject(str(tmp_path / "pruned"))
     assert recover_teacher.experts_of_teacher(student, teacher) == {0: (0, 2, 3, 5, 6, 7), 1: (1, 2, 4, 5, 6, 7)}
-    load = recover_teacher.load_model
+    fill = recover_teacher.fill_cache
     with texts(monkeypatch, *random_corpora(student)):
         options: dict[str, Any] = {"losses": losses, "schedule": QUICK, "allow_noop": True, "cache": tmp_path / "cache"}
         first = recovered_to(student.name, teacher.name, tmp_path / "one", **options)
         assert len(list((tmp_path / "cache").iterdir())) == 1
-        monkeypatch.setattr(recover_teacher, "load_model", pytest.fail)  # it has said all there is to say
+        monkeypatch.setattr(recover_teacher, "fill_cache", pytest.fail)  # it has said all there is to say
         second = recovered_to(student.name, teacher.name, tmp_path / "two", **options)
         assert first["log"] == second["log"]
-        monkeypatch.setattr(recover_teacher, "load_model", load)
+        monkeypatch.setattr(recover_teacher, "fill_cache", fill)
         recovered_to(
             student.name, teacher.name, tmp_path / "three", **{**options, "losses": replace(losses, temperature=2.0)}
         )

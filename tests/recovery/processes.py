@@ -6,6 +6,7 @@ the number of the process.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +27,7 @@ from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.resident import Resident
 from moesurgeon.recovery.result import Training
 from moesurgeon.recovery.schedule import Schedule
+from moesurgeon.recovery.streamed import Streamed, Streaming
 from moesurgeon.surgery.plan import identity
 from moesurgeon.traces.windows import Window
 from tests.engine.small import VOCABULARY, corpus_of, random_windows, saved, small_model, source_of
@@ -57,28 +59,27 @@ def results(ranks: Ranks, subject: Subject) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     teacher = replace(subject.anatomy, top_k=3, top_ks=(3,) * len(subject.anatomy.top_ks))
     heldout = corpus_of(random_windows("a", count=5, vocabulary=VOCABULARY, seed=3))
-    for name, case in CASES.items():
+    for (name, case), kind in itertools.product(CASES.items(), (Resident, Streamed)):
         training = Training(**case, schedule=Schedule(steps=20, rank=2), length=40)
-        source = source_of(subject, FLOAT64)
+        source, key = source_of(subject, FLOAT64), f"{kind.__name__} {name}"
         with ExitStack() as stack:
             student = Stream(source, Overlay(plan=identity(subject.anatomy)))
-            resident = Resident(stack, student, filled(source), heldout, training, ranks)
-            judged = resident.judged()
-            found |= {f"{name} sums": judged.sums, f"{name} counts": judged.counts}
+            held: Any = filled(source) if kind is Resident else Streaming(subject.root / "none", piece=64)
+            steps: Any = kind(stack, student, held, heldout, training, ranks)
+            judged = steps.judged()
+            found |= {f"{key} sums": judged.sums, f"{key} counts": judged.counts}
             torch.manual_seed(0)
-            adapted = resident.begin(teacher, None)
-            adapted.model.double()
-            with torch.no_grad():
-                for weight in adapted.weights():  # away from the start, where most gradients are zero
-                    weight.add_(torch.empty_like(weight).normal_(0.0, 0.1))
+            adapted = steps.begin(teacher, None)
+            for weight in adapted.weights():  # away from the start, where most gradients are zero
+                weight.data = weight.data.double() + 0.1 * torch.randn_like(weight)
             accelerator = Accelerator(cpu=True)
             optimizer = torch.optim.SGD(adapted.weights(), 0.0)
-            resident.prepare(accelerator, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+            steps.prepare(accelerator, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
             for number, windows in enumerate(batches()):
-                given = resident.gradients(to_batch(windows, FLOAT64.device), "routers")
+                given = steps.gradients(to_batch(windows, FLOAT64.device), "routers")
                 gradients = torch.cat([weight.grad.flatten() for weight in adapted.weights()])
-                found[f"{name} {number} gradients"] = gradients.numpy()
-                found[f"{name} {number} figures"] = np.array([*given.figures.values(), given.norm])
+                found[f"{key} {number} gradients"] = gradients.numpy()
+                found[f"{key} {number} figures"] = np.array([*given.figures.values(), given.norm])
                 optimizer.zero_grad()
     return found
 
