@@ -64,6 +64,17 @@ def test_recover_arguments(out: Path, top1: dict[str, Path]) -> None:
         refused(USAGE, *command, option, "-1", says=(option,))
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_recover_does_not_divide_weights(
+    name: str, out: Path, top1: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "true")
+    refused(
+        USAGE, "recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT,
+        says=("does not divide the weights", "launch it without", "layer by layer"),
+    )  # fmt: skip
+
+
 def test_recover_that_finds_nothing(out: Path, top1: dict[str, Path]) -> None:
     few = ("--steps", "1", "--tokens-per-step", "64", "--heldout-tokens", "64", "--learning-rate", "0")
     command = ("recover", top1[MIXTRAL], out, *TEXT, *few)
