@@ -10,6 +10,7 @@ from moesurgeon.engine.routing import Routing
 from moesurgeon.recovery.estimator import Routed
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.pieces import Terms, pieces_of
+from moesurgeon.recovery.share import Share
 from moesurgeon.recovery.teacher import Said
 from moesurgeon.recovery.terms import Heard, terms_of
 from tests.engine.small import random_windows
@@ -58,10 +59,10 @@ def test_the_terms_of_pieces_add_up_to_those_of_the_batch() -> None:
     heard = Heard(
         logits, [routed(number, whole, length) for number in range(2)], [hidden[:, :, number] for number in range(3)]
     )
-    expected = terms_of(LOSSES, ROUTING, heard, said, batch, routers=True)
+    expected = terms_of(LOSSES, ROUTING, heard, said, Share(batch), routers=True)
 
     pieces = pieces_of(batch, 27)
-    terms = Terms(LOSSES, ROUTING, LAYERS, pieces)
+    terms = Terms(LOSSES, ROUTING, LAYERS, pieces, Share(batch))
     starts = [0, 3, 6]
     main, beside = torch.zeros(()), torch.zeros(())
     windows = [slice(start, start + len(piece.windows)) for start, piece in zip(starts, pieces, strict=True)]
