@@ -53,10 +53,10 @@ class Skeleton:
 
     model: PreTrainedModel
     targets: Mapping[str, Target]
-    tied: dict[str, str]
+    tied: Mapping[str, str]
     layer_prefix: str
     layers: int
-    modules: dict[str, nn.Module] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def base(self) -> nn.Module:
@@ -93,11 +93,6 @@ class Skeleton:
                 module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
             else:
                 module._buffers[last] = tensor
-
-    def tie(self, name: str, path: str, module: nn.Module) -> None:
-        """Let ``module``, to be known as ``path``, have what is put under ``name`` as its weight from now on."""
-        self.modules[path] = module
-        self.tied[f"{path}.weight"] = name
 
     def clear(self, names: list[str]) -> None:
         """Let go of what was put under ``names``."""

@@ -96,11 +96,6 @@ class AdaLora:
         """The routers' weights, by running name."""
         return tuple(self._layers)
 
-    @property
-    def linears(self) -> dict[str, nn.Module]:
-        """Return by running name of a router's weight the Linear child that has it, too."""
-        return {name: layer.get_base_layer() for name, layer in self._layers.items()}
-
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """Return A [R0, H], the values [R0, 1] and B [E, R0] of the router ``name``."""
         layer = self._layers[name]

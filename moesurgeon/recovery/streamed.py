@@ -25,7 +25,7 @@ from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.engine.supply import groups_of
 from moesurgeon.recovery.adapters import Adapted
-from moesurgeon.recovery.estimator import LINEAR, learning_routers
+from moesurgeon.recovery.estimator import learning_routers
 from moesurgeon.recovery.judge import Judge, Judgement
 from moesurgeon.recovery.passes import Passes
 from moesurgeon.recovery.result import Training
@@ -102,8 +102,6 @@ class Streamed:
         self._adapted = Adapted(
             skeleton.model, self._targets, rank=schedule.rank, experts=experts, kind=kind, steps=schedule.steps
         )
-        for name, linear in self._adapted.svd.linears.items() if self._adapted.svd else ():
-            skeleton.tie(name, f"{name.rpartition('.')[0]}.{LINEAR}", linear)
         skeleton.clear(held)
         self._passes = Passes(
             self._stream,

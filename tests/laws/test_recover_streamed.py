@@ -73,7 +73,7 @@ def _assert_same_state(resident: Side, streamed: Side) -> None:
 
 
 def test_adalora_trains_alike_and_keeps_the_same_ranks(tiny: Subject, tmp_path: Path) -> None:
-    """Its Linear child of every router has the weight that is read."""
+    """The Linear child of every router has the weight that was read."""
     training = replace(training_of(("routers",), steps=20), adapter="adalora")
     corpus, teacher = text_for(tiny), other_routing(tiny.anatomy)
     with (
