@@ -29,7 +29,7 @@ from moesurgeon.recovery.streamed import Streamed, Streaming, bytes_per_step
 from moesurgeon.recovery.targets import Adapt
 from tests.engine.small import saved, small_model
 from tests.laws.recoveries import CASES, LENGTH, Case, bytes_of, case_of, random_corpora, recovered_to, texts
-from tests.laws.sides import PIECE, assert_same_steps, batches, cached_of, other_routing, side, text_for
+from tests.laws.sides import PIECE, Side, assert_same_steps, batches, cached_of, other_routing, side, text_for
 
 EVERYTHING = Losses(router=0.5, hidden=0.3, lm=0.2, z=0.01, balance=0.1, temperature=1.5)
 ADAPT: list[tuple[Adapt, ...]] = [("routers",), ("full-routers",), ("experts",), ("full-routers", "experts-all")]
@@ -55,16 +55,40 @@ def test_a_streamed_step_is_a_resident_one(
         side(tiny, training, teacher, Streaming(tmp_path / "best", piece=PIECE)) as streamed,
     ):
         assert_same_steps(resident, streamed, training, batches(tiny, corpus, 3))
-        streamed.adapted.load(resident.adapted.state())
-        parts, same = (each.steps.stored(("routers", "experts")) for each in (resident, streamed))
-        assert list(parts) == list(same)
-        for name, tensor in same.items():
-            assert tensor.dtype == parts[name].dtype
-            assert torch.equal(tensor, parts[name])
-        for given in ((("routers", "experts"),), ((), parts)):
-            mine, theirs = (each.steps.judged(*given) for each in (resident, streamed))
-            assert theirs.loss == pytest.approx(mine.loss, rel=1e-6)
-            assert (mine.counts == theirs.counts).all()
+        _assert_same_state(resident, streamed)
+
+
+def _assert_same_state(resident: Side, streamed: Side) -> None:
+    """From the same state: the same bits are stored, and judged alike as they are and as they will be written."""
+    streamed.adapted.load(resident.adapted.state())
+    parts, same = (each.steps.stored(("routers", "experts")) for each in (resident, streamed))
+    assert list(parts) == list(same)
+    for name, tensor in same.items():
+        assert tensor.dtype == parts[name].dtype
+        assert torch.equal(tensor, parts[name])
+    for given in ((("routers", "experts"),), ((), parts), ((),)):
+        mine, theirs = (each.steps.judged(*given) for each in (resident, streamed))
+        assert theirs.loss == pytest.approx(mine.loss, rel=1e-6)
+        assert (mine.counts == theirs.counts).all()
+
+
+def test_adalora_trains_alike_and_keeps_the_same_ranks(tiny: Subject, tmp_path: Path) -> None:
+    """The Linear child of every router has the weight that was read."""
+    training = replace(training_of(("routers",), steps=20), adapter="adalora")
+    corpus, teacher = text_for(tiny), other_routing(tiny.anatomy)
+    with (
+        side(tiny, training, teacher, None) as resident,
+        side(tiny, training, teacher, Streaming(tmp_path / "best", piece=PIECE)) as streamed,
+    ):
+        assert_same_steps(resident, streamed, training, batches(tiny, corpus, 3))
+        _assert_same_state(resident, streamed)
+        for each in (resident, streamed):
+            each.steps.gradients(batches(tiny, corpus, 1)[0], None)
+            for step in range(15):
+                each.adapted.allocate(step)
+        ranks = resident.adapted.ranks()
+        assert ranks == streamed.adapted.ranks() and ranks is not None
+        assert sum(ranks.values()) < 3 * len(ranks)
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any], Losses, dict[str, Any]]] = {
