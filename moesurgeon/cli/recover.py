@@ -34,6 +34,12 @@ def command(
             "projections), full-routers (their weights), experts-all (adapters on all matrices). Repeat for more.",
         ),
     ] = ["routers"],  # noqa: B006 - typer copies it
+    adapter: Annotated[
+        Literal["lora", "adalora"],
+        typer.Option(
+            help="The routers' adapters: all of one rank, or ranks dealt out among the routers by what they bring."
+        ),
+    ] = "lora",
     changed: Annotated[
         float | None,
         typer.Option(
@@ -48,7 +54,9 @@ def command(
     expert_rate: Annotated[
         float | None, typer.Option(min=0.0, help="Of what is trained of experts. Default: the same.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of every adapter (of each expert's).")] = 4,
+    rank: Annotated[
+        int, typer.Option(min=1, help="Rank of every adapter (of each expert's); of adalora on average.")
+    ] = 4,
     balance: Annotated[float, typer.Option(min=0.0, help="Coefficient of the load-balancing loss.")] = 0.01,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the distillation.")] = 1.0,
     lm: Annotated[float, typer.Option(min=0.0, help="Coefficient of the language-model loss beside distillation.")] = 0,
@@ -92,8 +100,16 @@ def command(
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write them for TensorBoard, too (needs the package).")
     ] = None,
+    save_adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write what is trained as an adapter for peft, too, which fits CKPT."),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    streamed: Annotated[
+        bool,
+        typer.Option("--streamed", help="Read the layers at every step, as is done for what does not fit into memory."),
+    ] = False,
     max_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Memory to use at most, as 16GB. Default: most of what is free."),
@@ -132,6 +148,7 @@ def command(
         spec = RecoverSpec(
             teacher=teacher,
             adapt=tuple(adapt),  # type: ignore[arg-type]  # checked there
+            adapter=adapter,
             losses=Losses(
                 objective=objective,
                 balance=balance,
@@ -147,6 +164,8 @@ def command(
             cache=cache,
             log=log,
             tensorboard=tensorboard,
+            save_adapter=save_adapter,
+            streamed=streamed,
         )
         text = text_of(traces, split=split, max_tokens=max_tokens, length=length, budget=budget, sample=sample)
         writing = Writing(
@@ -179,6 +198,11 @@ def _show(report: Report) -> None:
             print(f"  healing before ({healed['method']}): {_percent(healed['gap_closed'])} of the gap of its cut")
         for part, figures in report["parts"].items():
             print(f"  {part} alone: {_percent(figures['gap_closed'])}, loss {figures['loss']:.4f}")
+    for layer, rank in report["ranks"]["last"].items() if report["ranks"] else ():
+        written = (report["ranks"]["written"] or {}).get(layer)
+        print(f"  layer {layer}: rank {rank} for its router" + (f", {written} in what is written" if written else ""))
+    if not report["resident"]:
+        print(f"  layers were streamed: {report['bytes_read_per_step'] / 1e9:.2f} GB read at every step")
     for layer, now in report["usage"]["after"].items():
         before = report["usage"]["before"][layer]
         dead = f", {len(now['dead'])} dead" if now["dead"] else ""
@@ -187,6 +211,8 @@ def _show(report: Report) -> None:
             f"{now['max_over_mean']:.2f} x the mean, {now['overflow']['1.25']:.1%} over a capacity of 1.25{dead}"
         )
     show_written(report)
+    if report["saved_adapter"]:
+        print(f"  wrote the adapter for peft to {report['saved_adapter']}")
 
 
 def _share(figures: Any) -> str:

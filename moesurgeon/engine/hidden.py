@@ -59,7 +59,9 @@ class HiddenStates:
         self._from = layers % len(self._sides)
 
 
-def mapped(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, path: Path) -> list[torch.Tensor]:
+def mapped(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, path: Path, what: str = "hidden states"
+) -> list[torch.Tensor]:
     """Return tensors of ``shapes`` in the file ``path``, which is made as large as they are and keeps what it holds."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
     count = max(1, sum(sizes))
@@ -73,5 +75,5 @@ def mapped(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, path: Path) ->
         memory = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise OutputError(f"hidden states cannot be held in {path} ({reason}); choose another disk") from error
+        raise OutputError(f"{what} cannot be held in {path} ({reason}); choose another disk") from error
     return [part.view(shape) for part, shape in zip(memory[: sum(sizes)].split(sizes), shapes, strict=True)]

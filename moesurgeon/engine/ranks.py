@@ -7,13 +7,17 @@ batches. So every sum adds up the same numbers in the same order whatever the nu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesurgeon import launched
 from moesurgeon.errors import OutputError
+
+if TYPE_CHECKING:
+    import torch
 
 Array = NDArray[np.float64]
 
@@ -37,6 +41,22 @@ class Ranks:
     def least(self, value: int) -> int:
         """Return the least of the values that the processes have; none goes on before all have got here."""
         return int(self.gathered(np.array([[float(value)]]), self.size).min())
+
+    def agrees(self, value: int) -> bool:
+        """Whether all processes have the same value."""
+        return self.least(value) == -self.least(-value)
+
+    def summed(self, mine: torch.Tensor) -> torch.Tensor:
+        """Return the sum of what the processes have, the same to the bit on all; OutputError if another has ended."""
+        if self.size == 1:
+            return mine
+        from accelerate.utils import reduce
+
+        try:
+            found: torch.Tensor = reduce(mine, "sum")
+        except (RuntimeError, ValueError) as error:
+            raise _ended(error) from error
+        return found
 
     def gathered(self, values: Array, count: int) -> Array:
         """Return what all processes have for ``count`` batches, in the order of the batches.
@@ -62,18 +82,19 @@ class Ranks:
         return ordered.reshape(self.size * most, *values.shape[1:])[:count]
 
 
-def join_ranks(device: str) -> Ranks:
+def join_ranks(device: str, patience: timedelta | None = None) -> Ranks:
     """Join the processes that were launched together with this one, if there are any.
 
-    ``device``: as the user said it; with "cpu" they talk over gloo whatever else the machine has. Raises
-    OutputError if they do not find each other.
+    ``device``: as the user said it; with "cpu" they talk over gloo whatever else the machine has. ``patience``: how
+    long they wait for each other (None: as long as torch does, which is minutes). Raises OutputError if they do not
+    find each other.
     """
     if launched.size() == 1:
         return Ranks()
     from accelerate import PartialState
 
     try:
-        state = PartialState(cpu=device == "cpu")
+        state = PartialState(cpu=device == "cpu", **({} if patience is None else {"timeout": patience}))
     except (RuntimeError, ValueError) as error:
         raise _ended(error) from error
     return Ranks(state.process_index, state.num_processes)

@@ -11,12 +11,13 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -46,7 +47,8 @@ class Target:
 class Skeleton:
     """``targets``: what has to be filled, by name, tied names once. ``tied`` maps the other names to those.
 
-    ``layer_prefix``: what the names of a layer begin with, with ``{layer}`` in it.
+    ``layer_prefix``: what the names of a layer begin with, with ``{layer}`` in it. ``modules``: those that hold the
+    targets, by the names that they were built with; adapters that are wrapped around them give them others.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class Skeleton:
     tied: Mapping[str, str]
     layer_prefix: str
     layers: int
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def base(self) -> nn.Module:
@@ -83,7 +86,9 @@ class Skeleton:
         """Let the model use ``tensor`` under ``name`` and all names that are tied to it."""
         for each in (name, *(other for other, one in self.tied.items() if one == name)):
             path, _, last = each.rpartition(".")
-            module = self.model.get_submodule(path)
+            module: Any = self.modules[path]
+            if parametrize.is_parametrized(module, last):
+                module, last = module.parametrizations[last], "original"
             if last in module._parameters:
                 module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
             else:
@@ -137,7 +142,8 @@ def build_skeleton(anatomy: Anatomy, dtype: torch.dtype, device: torch.device, e
             continue
         seen[id(tensor)] = name
         targets[name] = Target(tuple(tensor.shape), _dtype_of(name, tensor, plan))
-    return Skeleton(model, targets, tied, anatomy.family.layer, anatomy.layers)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return Skeleton(model, targets, tied, anatomy.family.layer, anatomy.layers, modules)
 
 
 def refuse_unrunnable(anatomy: Anatomy) -> None:

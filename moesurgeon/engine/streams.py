@@ -6,7 +6,7 @@ stream has of its own, for as long as its layer is at work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,8 +51,8 @@ class Source:
         self.skeleton = skeleton
         self.destinations = destinations
         self._files = files
-        loader = Loader(*files, destinations) if files else None
-        self.supply = Supply(skeleton, loader.fill if loader else _nothing, placement.device)
+        self._loader = Loader(*files, destinations) if files else None
+        self.supply = Supply(skeleton, self._loader.fill if self._loader else _nothing, placement.device)
 
     @classmethod
     def of_checkpoint(
@@ -72,6 +72,24 @@ class Source:
     @property
     def holds_a_model(self) -> bool:
         return self._files is None
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return these targets alone, in memory of their own; not while a walk reads."""
+        assert self._loader is not None
+        targets = {name: self.skeleton.targets[name] for name in names}
+        found = {
+            name: torch.empty(target.shape, dtype=target.dtype, device=self.placement.device)
+            for name, target in targets.items()
+        }
+        self._loader.fill(found)
+        return found
+
+    def stored_bytes(self, names: Sequence[str]) -> int:
+        """Return how many bytes of the checkpoint these targets are read from."""
+        pieces = (piece for name in names for piece in self.destinations.pieces[name])
+        return sum(
+            self.anatomy.tensors[source].nbytes for piece in pieces for source in (piece.source, piece.scale) if source
+        )
 
     def bytes_of(self, part: Part) -> bytes:
         """Return the bytes of a planned tensor's part."""
@@ -113,19 +131,26 @@ class Overlay:
     ``plan``: edits that are not written yet (another top-k and pruned experts are such plans). ``masked``:
     by layer, experts that its router cannot choose. ``tensors`` and ``deltas``: by the running model's
     names (``engine.destinations.running_name``), values in place of, and low-rank changes added to, its own;
-    they may be changed while the stream walks and count from then on.
+    they may be changed while the stream walks and count from then on. ``changes``: functions of its own, for what
+    is not to be in memory for all layers at once.
     """
 
     plan: EditPlan | None = None
     masked: Mapping[int, frozenset[int]] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     deltas: dict[str, Delta] = field(default_factory=dict)
+    changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
 
 
 class Stream:
-    """``source`` with ``overlay``; ``anatomy`` is that of the result. ``name`` is for messages."""
+    """``source`` with ``overlay``; ``anatomy`` is that of the result. ``name`` is for messages.
 
-    def __init__(self, source: Source, overlay: Overlay | None = None, name: str = "") -> None:
+    ``skeleton``: modules to run in, with whatever was done to them, in place of new ones; no plan, then.
+    """
+
+    def __init__(
+        self, source: Source, overlay: Overlay | None = None, name: str = "", *, skeleton: Skeleton | None = None
+    ) -> None:
         self.source = source
         self.overlay = overlay or Overlay()
         self.name = name
@@ -135,11 +160,10 @@ class Stream:
             raise CheckpointError("a plan that changes the number of layers cannot walk beside its checkpoint")
         changes = plan or self.overlay.tensors or self.overlay.deltas
         assert not (changes and source.holds_a_model), "a model's weights are changed in the model itself"
-        self.skeleton = (
-            source.skeleton
-            if source.holds_a_model
-            else build_skeleton(self.anatomy, source.placement.dtype, source.placement.device)
-        )
+        assert not (plan and skeleton), "a plan can have other modules"
+        if source.holds_a_model:
+            skeleton = source.skeleton
+        self.skeleton = skeleton or build_skeleton(self.anatomy, source.placement.dtype, source.placement.device)
         self._destinations = source.destinations if plan is None else destinations_of(self.anatomy, self.skeleton)
         self._groups = groups_of(self.skeleton)
 
@@ -177,6 +201,8 @@ class Stream:
             tensor = tensor.to(_device_of(read, self.source), target.dtype)
         if delta := self.overlay.deltas.get(name):
             tensor = delta.added_to(tensor)
+        if change := self.overlay.changes.get(name):
+            tensor = change(tensor).to(tensor.device, tensor.dtype)
         self.skeleton.put(name, tensor)
 
     def stored_parts(self, name: str) -> tuple[Piece, ...]:

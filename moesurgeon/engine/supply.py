@@ -91,9 +91,15 @@ class Supply:
         self.devices = list(devices)
         self.allow(sum(self._sizes))
 
-    def walk(self, start: int = 0, stop: int | None = None) -> Generator[tuple[int, Tensors]]:
-        """Yield (group, tensors by name) of groups ``start`` to ``stop`` (all); the tensors hold until the next one."""
+    def walk(
+        self, start: int = 0, stop: int | None = None, *, backwards: bool = False
+    ) -> Generator[tuple[int, Tensors]]:
+        """Yield (group, tensors by name) of groups ``start`` to ``stop`` (all); the tensors hold until the next one.
+
+        ``backwards``: the last one first.
+        """
         groups = range(start, len(self._groups) if stop is None else stop)
+        groups = groups[::-1] if backwards else groups
         passing = [group for group in groups if group not in self.plan.kept]
         if passing and not self._slots:
             self._slots = [self._memory(self.plan.slot, self.devices[0]) for _ in range(2)]

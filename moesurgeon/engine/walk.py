@@ -47,22 +47,35 @@ class Layer:
     def forward(self, stream: Stream, batch: int, visit: Visitor | None = None) -> torch.Tensor:
         """Return what the layer makes of ``batch`` of ``stream`` [B, T, H]; the stream stays where it is."""
         states = self.states(stream, batch)
-        positional, named = self.walk.arguments[stream.source].of(self.walk.batches[batch], self.number, states)
-        if stream.source.placement.spread:
-            positional, named = send_to_device((positional, named), states.device)
-        module = stream.skeleton.layer(self.number)
+        call = self._prepared(stream, batch, states)
         block = stream.blocks.get(self.number)
         started = time.perf_counter()
         if visit is not None and block is not None:
             with observed([block], visit):
-                result = module(states, *positional, **named)
+                output = call()
         else:
-            result = module(states, *positional, **named)
+            output = call()
         if states.device.type != "cpu":
             torch.accelerator.synchronize(states.device)
         self.walk.seconds[stream][batch] += time.perf_counter() - started
-        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return output
+
+    def on(self, stream: Stream, batch: int, states: torch.Tensor) -> torch.Tensor:
+        """Return what the layer makes of ``states`` [B, T, H] in place of the batch's own; under gradients if asked."""
+        return self._prepared(stream, batch, states)()
+
+    def _prepared(self, stream: Stream, batch: int, states: torch.Tensor) -> Callable[[], torch.Tensor]:
+        positional, named = self.walk.arguments[stream.source].of(self.walk.batches[batch], self.number, states)
+        if stream.source.placement.spread:
+            positional, named = send_to_device((positional, named), states.device)
+        module = stream.skeleton.layer(self.number)
+
+        def call() -> torch.Tensor:
+            result = module(states, *positional, **named)
+            output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+            return output
+
+        return call
 
     def move(self, stream: Stream, batch: int, visit: Visitor | None = None) -> None:
         """Take ``batch`` of ``stream`` through the layer."""
@@ -82,10 +95,14 @@ class Tail:
     @torch.no_grad()
     def logits(self, stream: Stream, batch: int, start: int, stop: int) -> torch.Tensor:
         """Return the logits [B, stop - start, V] at these positions of ``batch``, as the stock model makes them."""
+        return self.on(stream, self.walk.hidden[stream].get(batch)[:, start:stop])
+
+    def on(self, stream: Stream, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, T, V] of what came out of the last layer [B, T, H]; under gradients if asked."""
         model: Any = stream.skeleton.model
         norm = model.get_submodule(stream.anatomy.family.final_norm.removesuffix(".weight"))
         device = stream.source.supply.devices[-1]
-        states = norm(self.walk.hidden[stream].get(batch)[:, start:stop].to(device))
+        states = norm(hidden.to(device))
         base, stock = model.base_model, model.base_model.forward
         base.forward = lambda **_given: MoeModelOutputWithPast(last_hidden_state=states)
         try:
@@ -141,6 +158,19 @@ class Walk:
                         yield Layer(group - 1, self, read)
                         for stream in mine:
                             self.hidden[stream].turn_to(group)
+
+    def backwards(self, stop: int = 0) -> Generator[Layer]:
+        """Yield the layers from the last one down to ``stop``, read again, to whoever kept what they were given.
+
+        For streams of one checkpoint. Nothing is moved. Close it where you leave early.
+        """
+        (source,) = self.sources
+        with closing(source.supply.walk(stop + 1, source.layers + 1, backwards=True)) as groups:
+            for group, read in groups:
+                with ExitStack() as stack:
+                    for stream in self.streams:
+                        stack.enter_context(stream.bound(group, read))
+                    yield Layer(group - 1, self, {source: read})
 
     def tail(self) -> Iterator[Tail]:
         """Yield the tail, once."""

@@ -24,7 +24,7 @@ from moesurgeon.pipeline.options import HealSpec, Running, Text
 from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
-from moesurgeon.recovery.targets import Adapt
+from moesurgeon.recovery.targets import Adapt, Kind
 from moesurgeon.surgery.retop import RetopSpec
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +37,7 @@ class RecoverStep(BaseModel):
     model_config = _STRICT
 
     adapt: Annotated[tuple[Adapt, ...], Field(min_length=1)] = ("routers",)
+    adapter: Kind = "lora"
     changed: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     losses: Losses = Losses()
     schedule: Schedule = Schedule()
@@ -46,6 +47,8 @@ class RecoverStep(BaseModel):
     cache: Path | None = None
     log: Path | None = None
     tensorboard: Path | None = None
+    save_adapter: Path | None = None
+    streamed: bool = False
 
 
 class RetopStep(BaseModel):

@@ -12,12 +12,14 @@ from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
 from moesurgeon.pipeline.heal import check_heal
-from moesurgeon.pipeline.options import HealSpec
+from moesurgeon.pipeline.options import HealSpec, Writing
 from moesurgeon.pipeline.prune_spec import PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.recipe import Recipe
+from moesurgeon.pipeline.recover_adapter import refuse_adapter
 from moesurgeon.pipeline.stage_state import counts_of, heal_of
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.text import trace_specs, window_length
+from moesurgeon.recovery.adalora import refuse_ranks
 from moesurgeon.recovery.log import check_log
 from moesurgeon.recovery.objective import refuse_without_gradient
 from moesurgeon.recovery.targets import check_adapt
@@ -50,8 +52,11 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
         elif step.prune:
             anatomy = _pruned(anatomy, step.prune)
         elif step.recover:
-            check_adapt(step.recover.adapt)
+            check_adapt(step.recover.adapt, step.recover.adapter)
+            if step.recover.adapter == "adalora":
+                refuse_ranks(anatomy, step.recover.schedule.rank, step.recover.schedule.steps)
             check_log(step.recover.log, step.recover.tensorboard)
+            refuse_adapter(step.recover.save_adapter, step.recover.adapt, Writing(output=output), (subject.root,))
             if step.recover.log is not None and step.recover.log.exists():
                 raise UsageError(f"recover: {{log: {step.recover.log}}} exists; remove it or name another")
             refuse_without_gradient(anatomy, step.recover.losses, step.recover.adapt)

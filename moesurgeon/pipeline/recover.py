@@ -5,21 +5,25 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import moesurgeon
+from moesurgeon import launched
 from moesurgeon.checkpoint.open import CONFIG_NAME
-from moesurgeon.engine.budget import free_bytes
-from moesurgeon.engine.device import Placement, place
+from moesurgeon.engine.device import place
+from moesurgeon.engine.ranks import join_ranks
 from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.whole import filled
 from moesurgeon.errors import CheckpointError, InputError, NothingToDo, UsageError
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.pipeline.options import Running, Text, Writing
+from moesurgeon.pipeline.recover_adapter import beside, refuse_adapter
+from moesurgeon.pipeline.recover_streamed import fits, streaming
 from moesurgeon.pipeline.recover_teacher import (
     experts_of_teacher,
     healed_before,
@@ -32,32 +36,38 @@ from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import read_text, window_length
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import SILENT, Progress
+from moesurgeon.recovery.adalora import refuse_ranks
 from moesurgeon.recovery.log import Log, check_log
-from moesurgeon.recovery.memory import training_bytes
 from moesurgeon.recovery.objective import Losses, refuse_without_gradient
 from moesurgeon.recovery.result import Recovered, Training
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.state import Store
-from moesurgeon.recovery.targets import WRITABLE, Adapt, check_adapt, parts_of
+from moesurgeon.recovery.streamed import Streaming, bytes_per_step
+from moesurgeon.recovery.targets import WRITABLE, Adapt, Kind, check_adapt, parts_of
 from moesurgeon.recovery.teacher_cache import Cached
 from moesurgeon.recovery.train import train
-from moesurgeon.runtime.cost import count_parameters
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, identity
+
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one another: a teacher says all that it has to say while the others wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverSpec:
     """``teacher``: the unedited checkpoint. ``heldout_tokens`` bounds the text that judges.
 
-    ``adapt``: what is trained; ``changed``: of experts only those whose traffic differs from the teacher's by more
-    than this share of it. ``cache``: where to keep what a teacher said that is another model (None: beside the
-    output, until the end). ``log`` (a .csv or .json) and ``tensorboard`` (a folder) are written at every judgement.
+    ``adapt``: what is trained, routers through an ``adapter`` of this kind; ``changed``: of experts only those whose
+    traffic differs from the teacher's by more than this share of it. ``cache``: where to keep what a teacher said
+    that is another model (None: beside the output, until the end). ``log`` (a .csv or .json) and ``tensorboard`` (a
+    folder) are written at every judgement. ``save_adapter``: a folder for what is trained as peft has it.
+    ``streamed``: read the layers at every step even where all would fit into memory.
     """
 
     teacher: str
     adapt: tuple[Adapt, ...] = ("routers",)
+    adapter: Kind = "lora"
     losses: Losses = field(default_factory=Losses)
     schedule: Schedule = field(default_factory=Schedule)
     heldout_tokens: int = 16384
@@ -65,6 +75,8 @@ class RecoverSpec:
     cache: Path | None = None
     log: Path | None = None
     tensorboard: Path | None = None
+    save_adapter: Path | None = None
+    streamed: bool = False
 
 
 def recover(
@@ -80,54 +92,64 @@ def recover(
     Trains on the calibration split (of the user's traces on the train split, the largest) and judges on
     the validation split. Where no state beats the start on held-out text, nothing is written
     (NothingToDo) unless ``writing`` allows a copy. A run that was killed goes on from its last judgement, in
-    ``.NAME.recover`` beside the output, which goes away at the end.
+    ``.NAME.recover`` beside the output, which goes away at the end. Of several processes each trains on rows
+    of every batch; the first writes.
     """
     subject, teacher = open_subject(source), open_subject(spec.teacher)
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
     _refuse_spec(subject, teacher, spec, text, writing)
+    refuse_adapter(spec.save_adapter, spec.adapt, writing, (subject.root, teacher.root))
     placement = place(running.device, running.dtype, subject.stored_dtype)
     is_itself = shares_weights(subject, teacher)
-    _refuse_too_large(subject, None if is_itself else teacher, spec, placement, running)
+    ranks = join_ranks(running.device, PATIENCE)
+    fitting = fits(subject.anatomy, placement, spec.adapt, spec.losses, spec.schedule, running)
+    streamed = spec.streamed or not ranks.least(fitting)  # all stream or none does
     length = window_length(subject, text)
     corpus = read_text(subject, text, builtin_split="calibration", own_split="train")
     heldout_text = text.even(max_tokens=spec.heldout_tokens, split="validation")
     heldout = read_text(subject, heldout_text, builtin_split="validation")
-    if spec.losses.from_teacher and subject.fingerprint == teacher.fingerprint:
-        raise UsageError(
-            f"{source} is its own teacher, so there is nothing to learn; give the checkpoint before the surgery"
-        )
-    experts = experts_of_teacher(subject, teacher)
-    if experts is None and (spec.losses.router or spec.changed is not None):
-        raise UsageError(
-            f"it is not known which of the {teacher.anatomy.experts} experts of {spec.teacher} the "
-            f"{subject.anatomy.experts} of {source} were; leave out --router-distill and --changed"
-        )
+    experts = _experts(subject, teacher, spec)
     report: dict[str, Any] = {
         "teacher": spec.teacher,
         "shares_weights": is_itself,
         "adapt": list(spec.adapt),
+        "adapter": spec.adapter,
         "tokens": sum(corpus.tokens.values()),
         "heldout_tokens": sum(heldout.tokens.values()),
         "domains": dict(corpus.tokens),
         "splits": dict(corpus.splits),
         "placement": str(placement),
+        "resident": not streamed,
+        "bytes_read_per_step": 0,
         "healed_before": healed_before(subject),
     }
     if writing.dry_run:
         return {**report, "source": source, "output": str(writing.output), "dry_run": True}
     training = Training(
         adapt=spec.adapt,
+        adapter=spec.adapter,
         losses=spec.losses,
         schedule=spec.schedule,
         changed=spec.changed,
         experts=experts,
         length=length,
     )
-    facts = [asdict(training), teacher.fingerprint, str(placement), tokens_digest(corpus), tokens_digest(heldout)]
-    store = Store(writing.output.absolute().with_name(f".{writing.output.name}.recover"), _digest(subject, facts))
+    texts = [tokens_digest(corpus), tokens_digest(heldout)]
+    facts = [asdict(training), streamed, teacher.fingerprint, str(placement), *texts, ranks.size]
+    kept = writing.output.absolute().with_name(f".{writing.output.name}.recover")
+    store = Store(kept, _digest(subject, facts), ranks)
+    own_folder = store.folder if ranks.is_first else store.folder / str(ranks.number)  # each has files of its own
     _refuse_existing(spec.log, store, writing)
     origin = {"teacher": teacher.fingerprint, "traces": corpus.hashes, "heldout_traces": heldout.hashes}
-    with _kept_only_if_killed(store):
+    with _kept_only_if_killed(store), ExitStack() as stack:
+        # Eager experts gather by index, whose gradient one thread of a CPU adds up.
+        opened = stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement, "grouped_mm"))
+        layers: Streaming | None = None
+        if streamed:  # before the teacher speaks: it may be refused
+            layers = stack.enter_context(
+                streaming(opened, training, heldout, running.max_memory, least=spec.streamed, folder=own_folder)
+            )
+            report["bytes_read_per_step"] = bytes_per_step(opened)
         said: Cached | Anatomy = teacher.anatomy
         if not is_itself:
             said = said_by(
@@ -139,25 +161,47 @@ def recover(
                 experts,
                 placement=placement,
                 length=length,
+                ranks=ranks,
+                max_memory=running.max_memory,
+                streamed=spec.streamed,
                 progress=progress,
             )
-        # Eager experts gather by index, whose gradient one thread of a CPU adds up.
-        with Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement, "grouped_mm") as opened:
-            student = Stream(opened, Overlay(plan=identity(subject.anatomy)))
-            log = Log(spec.log, spec.tensorboard)
-            recovered = train(
-                student, filled(opened), said, corpus, heldout, training, store=store, log=log, progress=progress
+        student = Stream(opened, Overlay(plan=identity(subject.anatomy)))
+        log = Log(spec.log, spec.tensorboard) if ranks.is_first else None
+        recovered = train(
+            student, layers or filled(opened), said, corpus, heldout, training,
+            ranks=ranks, store=store, log=log, progress=progress,
+        )  # fmt: skip
+        if recovered.tensors is None and not writing.allow_noop:
+            raise NothingToDo(
+                f"recovery found nothing better than the start on held-out text (loss "
+                f"{recovered.closed['loss_before']:.4f}); nothing was written: try more steps, another learning "
+                "rate or --allow-noop"
             )
-            if recovered.tensors is None and not writing.allow_noop:
-                raise NothingToDo(
-                    f"recovery found nothing better than the start on held-out text (loss "
-                    f"{recovered.closed['loss_before']:.4f}); nothing was written: try more steps, another learning "
-                    "rate or --allow-noop"
-                )
-            gc.collect()
+        gc.collect()
+        written: dict[str, Any] = {}
+        if ranks.is_first:
             plan = plan_recovered(student, recovered, spec, origin)
-            written = finish(plan, subject, writing, progress)
-    return {**report, **recovered.as_dict(), **written}
+            with beside(spec.save_adapter, recovered.adapter, source, writing):
+                written = finish(plan, subject, writing, progress)
+        ranks.least(1)  # it is written
+    saved = str(spec.save_adapter) if spec.save_adapter and recovered.adapter else None
+    return {**report, **recovered.as_dict(), **written, "saved_adapter": saved}
+
+
+def _experts(subject: Subject, teacher: Subject, spec: RecoverSpec) -> dict[int, Sequence[int]] | None:
+    """Return what ``experts_of_teacher`` does; UsageError for a teacher that has nothing to teach, or not this."""
+    if spec.losses.from_teacher and subject.fingerprint == teacher.fingerprint:
+        raise UsageError(
+            f"{subject.name} is its own teacher, so there is nothing to learn; give the checkpoint before the surgery"
+        )
+    experts = experts_of_teacher(subject, teacher)
+    if experts is None and (spec.losses.router or spec.changed is not None):
+        raise UsageError(
+            f"it is not known which of the {teacher.anatomy.experts} experts of {spec.teacher} the "
+            f"{subject.anatomy.experts} of {subject.name} were; leave out --router-distill and --changed"
+        )
+    return experts
 
 
 def plan_recovered(student: Stream, recovered: Recovered, spec: RecoverSpec, origin: Mapping[str, Any]) -> EditPlan:
@@ -170,6 +214,7 @@ def plan_recovered(student: Stream, recovered: Recovered, spec: RecoverSpec, ori
         "operation": "recover",
         **origin,
         "adapt": list(spec.adapt),
+        **({"adapter": spec.adapter} if spec.adapter != "lora" else {}),
         **({"changed": spec.changed} if spec.changed is not None else {}),
         "objective": asdict(spec.losses),
         "schedule": asdict(spec.schedule),
@@ -180,7 +225,14 @@ def plan_recovered(student: Stream, recovered: Recovered, spec: RecoverSpec, ori
 
 def _refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Text, writing: Writing) -> None:
     """Raise now, from headers alone, what would be raised after the work."""
-    check_adapt(spec.adapt)
+    if launched.divides_weights():
+        raise UsageError(
+            "recover does not divide the weights among processes (FSDP, DeepSpeed); launch it without that: each "
+            "process holds the checkpoint, and reads it layer by layer where it does not fit"
+        )
+    check_adapt(spec.adapt, spec.adapter)
+    if spec.adapter == "adalora":
+        refuse_ranks(subject.anatomy, spec.schedule.rank, spec.schedule.steps)
     check_log(spec.log, spec.tensorboard)
     refuse_without_gradient(subject.anatomy, spec.losses, spec.adapt)
     if spec.changed is not None and "experts" not in parts_of(spec.adapt):
@@ -200,24 +252,6 @@ def _refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Te
     refuse_other_model(subject, teacher, spec.losses)
 
 
-def _refuse_too_large(
-    subject: Subject, teacher: Subject | None, spec: RecoverSpec, placement: Placement, running: Running
-) -> None:
-    """Raise UsageError where training would need what it cannot have. ``teacher``: where it is another model."""
-    if placement.spread:
-        raise UsageError("recover trains on one device; name it, as in --device cuda:0")
-    needed = training_bytes(subject.anatomy, placement, spec.adapt, spec.losses, spec.schedule)
-    if teacher is not None:  # before the student, not beside it
-        needed = max(needed, count_parameters(teacher.anatomy).total * placement.dtype.itemsize)
-    free = free_bytes(running.max_memory, placement.device)
-    if needed > free:
-        limit = "--max-memory leaves" if running.max_memory is not None else "the memory that is free leaves"
-        raise UsageError(
-            f"recover holds the checkpoint in memory and needs about {needed:,} bytes; {limit} {max(0, free):,}: "
-            "lower --tokens-per-step, add --recompute, train fewer parts, or choose a smaller --dtype"
-        )
-
-
 @contextmanager
 def _kept_only_if_killed(store: Store) -> Iterator[None]:
     """Remove what ``store`` keeps once there is a result, or sure to be none; an interrupted run goes on from it."""
@@ -230,7 +264,7 @@ def _kept_only_if_killed(store: Store) -> Iterator[None]:
 
 
 def _refuse_existing(log: Path | None, store: Store, writing: Writing) -> None:
-    if log is not None and log.exists() and not writing.overwrite and store.load() is None:
+    if log is not None and log.exists() and not writing.overwrite and store.read() is None:
         raise UsageError(f"{log} exists; name another --log or add --overwrite")
 
 

@@ -10,14 +10,19 @@ from pathlib import Path
 
 import moesurgeon
 from moesurgeon.checkpoint.compare import same_tensors
+from moesurgeon.engine.budget import share_out
 from moesurgeon.engine.device import Placement
-from moesurgeon.engine.whole import load_model
-from moesurgeon.errors import UsageError
+from moesurgeon.engine.ranks import Ranks
+from moesurgeon.engine.streams import Source, Stream
+from moesurgeon.errors import InputError, UsageError
 from moesurgeon.families.keys import count_of
 from moesurgeon.pipeline.provenance import history_of
 from moesurgeon.pipeline.subject import Subject
+from moesurgeon.pipeline.walking import hidden_folder
 from moesurgeon.progress import Progress
+from moesurgeon.recovery.judge import judged_batches
 from moesurgeon.recovery.objective import Losses
+from moesurgeon.recovery.said import spoken_batches
 from moesurgeon.recovery.teacher import KEPT
 from moesurgeon.recovery.teacher_cache import Cached, fill_cache, is_cached
 from moesurgeon.surgery.numbering import source_experts
@@ -104,29 +109,42 @@ def said_by(
     *,
     placement: Placement,
     length: int,
+    ranks: Ranks | None = None,
+    max_memory: int | None = None,
+    streamed: bool = False,
     progress: Progress,
 ) -> Cached:
     """Return what ``teacher`` says of the text, from ``folder`` if it was said before.
 
-    The teacher is in memory only meanwhile.
+    The teacher is in memory only meanwhile: as a whole if ``max_memory`` has room for it, unless it is to be
+    ``streamed``. Of several ``ranks`` the first asks it, the others wait.
     """
     digest = cache_digest(teacher, text, heldout, losses, placement=placement, length=length)
     place = folder / f"teacher-{digest[:16]}"
-    if not is_cached(place, digest):
-        model = load_model(teacher.checkpoint, teacher.anatomy, placement)
-        fill_cache(
-            place,
-            digest,
-            model,
-            teacher.anatomy,
-            corpus=text,
-            heldout=heldout,
-            losses=losses,
-            length=length,
-            progress=progress,
-        )
-        del model
+    ranks = ranks or Ranks()
+    if ranks.is_first and not is_cached(place, digest):
+        with Source.of_checkpoint(teacher.checkpoint, teacher.anatomy, placement) as source:
+            device = placement.device
+            batches = [*spoken_batches(text, length, device), *judged_batches(heldout, length, device)]
+            with hidden_folder(share_out(max_memory, [source], batches)) as states:
+                if streamed:
+                    source.supply.allow(source.supply.least)
+                fill_cache(
+                    place,
+                    digest,
+                    Stream(source, skeleton=source.skeleton),
+                    corpus=text,
+                    heldout=heldout,
+                    losses=losses,
+                    length=length,
+                    states=states,
+                    progress=progress,
+                )
+        del source
         gc.collect()  # modules and their parents refer to each other
+    ranks.least(1)  # it has said all
+    if not is_cached(place, digest):
+        raise InputError(f"{place} has not what the teacher said; name a --cache that all processes can read")
     return Cached(place, text, experts if losses.router else None)
 
 

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from moesurgeon.pipeline.journal import append, write_whole
 from moesurgeon.pipeline.options import Text, Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
-from moesurgeon.pipeline.recipe import Recipe, Step, read_recipe
+from moesurgeon.pipeline.recipe import Recipe, RecoverStep, Step, read_recipe
 from moesurgeon.pipeline.recipe_check import healing_of, refuse_impossible
 from moesurgeon.pipeline.recover import RecoverSpec, recover
 from moesurgeon.pipeline.retop import retop
@@ -114,7 +114,7 @@ def _write(
         spec = step.prune if step.prune.profile or step.prune.keep_experts else replace(step.prune, profile=taken)
         return prune(current, replace(spec, heal=heal), Writing(output=target), progress, recipe.running)
     assert step.recover is not None
-    given = ("adapt", "changed", "losses", "schedule", "heldout_tokens", "cache", "log", "tensorboard")
+    given = set(RecoverStep.model_fields) & {field.name for field in fields(RecoverSpec)}
     spec_ = RecoverSpec(teacher=recipe.checkpoint, **{name: getattr(step.recover, name) for name in given})
     text = replace(recipe.text, max_tokens=step.recover.max_tokens)
     writing = Writing(output=target, allow_noop=step.recover.allow_noop)

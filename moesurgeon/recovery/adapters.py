@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from moesurgeon.recovery.targets import PARTS, Experts, Part, Target
+from moesurgeon.recovery.adalora import ORTHOGONAL, AdaLora
+from moesurgeon.recovery.targets import PARTS, Experts, Kind, Part, Target
 
 _ADAPTER = "default"
 
@@ -29,8 +30,9 @@ _ADAPTER = "default"
 class Adapted:
     """``model`` with everything frozen but adapters and masters for ``targets``; at first it computes what it did.
 
-    ``rank``: of every adapter. ``experts``: those of a layer that are trained (None: all); the others
-    have no gradient and stay as they are to the bit. ``model`` is the one to call while training.
+    ``rank``: of every adapter, with ``kind`` "adalora" on average after ``steps``. ``experts``: those of a layer that
+    are trained (None: all); the others have no gradient and stay as they are to the bit. ``model`` is the one to call
+    while training. ``svd``: AdaLoRA's side of it, if it is that.
     """
 
     def __init__(
@@ -40,12 +42,19 @@ class Adapted:
         *,
         rank: int,
         experts: Experts | None = None,
+        kind: Kind = "lora",
+        steps: int = 0,
     ) -> None:
         self.targets = tuple(targets)
         model.requires_grad_(False)
         self._wrappers: dict[str, ParamWrapper] = {}
         self._masters: dict[str, _Master] = {}
-        self.model: Any = _with_adapters(model, [each.name for each in targets if each.low_rank], rank)
+        self.svd = AdaLora(model, targets, rank=rank, steps=steps) if kind == "adalora" else None
+        self.model: Any = (
+            self.svd.model
+            if self.svd
+            else _with_adapters(model, [each.name for each in targets if each.low_rank], rank)
+        )
         for wrapper in (each for each in self.model.modules() if isinstance(each, ParamWrapper)):
             (name,) = (
                 each.name
@@ -73,22 +82,42 @@ class Adapted:
         return {key: weight.detach().cpu().clone() for key, weight in self._named()}
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what :meth:`state` returned."""
+    def load(self, state: Mapping[str, torch.Tensor], importance: Mapping[str, Any] | None = None) -> None:
+        """Go on from what :meth:`state`, and if training goes on :meth:`importance`, returned."""
         for key, weight in self._named():
             weight.copy_(state[key])
+        if self.svd and importance:
+            self.svd.load(importance)
+
+    def importance(self) -> dict[str, Any]:
+        """Return what the dealing out of ranks goes on from."""
+        return self.svd.state() if self.svd else {}
+
+    def ranks(self) -> dict[str, int] | None:
+        """Return the routers' ranks by layer, where they are dealt out."""
+        return self.svd.ranks() if self.svd else None
+
+    def regularise(self) -> None:
+        """Add to the gradients, in a backward pass of its own, that of what keeps the adapters in shape."""
+        if self.svd:
+            (ORTHOGONAL * self.svd.penalty()).backward()
+
+    def allocate(self, step: int) -> None:
+        """Deal ranks out anew after the optimiser's step of this number, whose gradients are still there."""
+        if self.svd:
+            self.svd.allocate(step)
 
     def merged(self, parts: Collection[Part] = PARTS) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the plain weights of ``parts`` by running name, in float32, one after the other."""
         for target in self.targets:
             if target.part in parts:
-                yield target.name, self._merged(target)
+                yield target.name, self.merged_with(target, self._stored(target))
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Inside the context the model computes what it did before anything was trained."""
         with ExitStack() as stack:
-            if self._wrappers:
+            if self._wrappers or self.svd:
                 stack.enter_context(self.model.disable_adapter())
             for master in self._masters.values():
                 stack.enter_context(master.off())
@@ -121,6 +150,8 @@ class Adapted:
                 yield f"{target.name}.{number}", weight
 
     def _trained(self, target: Target) -> tuple[nn.Parameter, ...]:
+        if self.svd:
+            return self.svd.factors(target.name)
         if target.low_rank:
             wrapper = self._wrappers[target.name]
             return wrapper.lora_A[_ADAPTER].weight, wrapper.lora_B[_ADAPTER].weight
@@ -135,10 +166,13 @@ class Adapted:
         return target.weight
 
     @torch.no_grad()
-    def _merged(self, target: Target) -> torch.Tensor:
+    def merged_with(self, target: Target, weight: torch.Tensor) -> torch.Tensor:
+        """Return the plain weight of ``target`` in float32, of the ``weight`` from before the training."""
         if not target.low_rank:
             return self._masters[target.name].master.detach().clone()
-        wrapper, weight = self._wrappers[target.name], self._stored(target)
+        if self.svd:
+            return weight.detach().float() + self.svd.delta(target.name)
+        wrapper = self._wrappers[target.name]
         down, up = (each.detach() for each in self._trained(target))
         if weight.dim() == 2:
             delta = up @ down

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,10 @@ def straight_through(
     return gated * routing.scale
 
 
+LINEAR = "linear"
+"""The child of a router that makes its logits, if it has one: what wants a Linear layer finds it there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Routed:
     """What one router made of T tokens: ``logits`` [T, E] with their gradient, ``chosen`` [T, K]."""
@@ -61,7 +66,7 @@ class Learning:
 
     ``routed``: what they made of the last passes under gradients (of all passes while it ``records``), router by
     router; who reads it clears it. ``capacity``: factor beyond which choices are dropped while training, of the
-    tokens that ``is_text`` [T] says are text.
+    tokens that ``is_text`` [T] says are text. ``rehearses``: passes without gradients are as those with them.
     """
 
     def __init__(self, anatomy: Anatomy, candidates: int | None, capacity: float | None) -> None:
@@ -72,6 +77,7 @@ class Learning:
         self.watch: Watch | None = None
         self.capacity = capacity
         self.is_text: torch.Tensor | None = None
+        self.rehearses = False
 
     @contextmanager
     def routing_as(self, anatomy: Anatomy) -> Iterator[None]:
@@ -139,10 +145,13 @@ def _forward(
         weight: torch.Tensor = router.weight  # type: ignore[assignment]
         rule, top_k, dtype = learning.rule, learning.top_k, hidden_states.dtype
         flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(weight.dtype)
-        logits_TE = F.linear(flat, weight)
+        linear: Any = router._modules.get(LINEAR)
+        if linear is not None and weight is not linear.weight:
+            linear.get_base_layer().weight = weight  # a layer that was read anew
+        logits_TE = F.linear(flat, weight) if linear is None else linear(flat)
         scores_TE = rule.scores(logits_TE)
         chosen_TK = rule.choose(scores_TE.detach(), selection_bias(block), top_k)
-        learns = torch.is_grad_enabled()  # a pass that only judges runs the chosen experts alone
+        learns = torch.is_grad_enabled() or learning.rehearses  # a pass that only judges runs the chosen experts alone
         if learns or learning.records:
             learning.routed.append(Routed(logits_TE, chosen_TK))
         if not learns:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from transformers import PreTrainedModel
+import numpy as np
+import torch
 
 from moesurgeon.engine.batches import Batch, batches_of, rows_for
-from moesurgeon.engine.streams import Source, Stream
+from moesurgeon.engine.ranks import Ranks
+from moesurgeon.engine.streams import Stream
 from moesurgeon.evaluation.measure import LOSS, Measurement, measure
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.closed import Sums
 from moesurgeon.recovery.estimator import Learning
 from moesurgeon.recovery.monitor import Counts, Monitor
-from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.traces.windows import Corpus
 
 
@@ -31,20 +33,45 @@ class Judgement:
         return float(self.sums.sum() / self.measured.positions.sum())
 
 
+def judged_batches(heldout: Corpus, length: int, device: torch.device) -> list[Batch]:
+    """Return the batches in which ``heldout`` is judged."""
+    return list(batches_of(heldout, rows=rows_for(length), device=device))
+
+
 class Judge:
-    """Measures ``model`` as it is on ``heldout``, in windows of up to ``length`` tokens."""
+    """Measures ``stream`` as it is on ``heldout``, in windows of up to ``length`` tokens.
+
+    ``folder``: where hidden states go if not into memory. Of several ``ranks`` each takes some of the batches, and all
+    return the judgement of all.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, learning: Learning, heldout: Corpus, length: int
+        self,
+        stream: Stream,
+        learning: Learning,
+        heldout: Corpus,
+        length: int,
+        folder: Path | None = None,
+        *,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._model, self._anatomy, self._learning = model, anatomy, learning
+        self._stream, self._learning, self._folder, self._ranks = stream, learning, folder, ranks or Ranks()
         self._domains = heldout.domains
-        self._batches: list[Batch] = list(batches_of(heldout, rows=rows_for(length), device=model.device))
+        self.batches: list[Batch] = judged_batches(heldout, length, stream.source.placement.device)
 
     def judged(self, progress: Progress = SILENT) -> Judgement:
         """Return losses and use of the model; it needs nothing but a forward pass."""
-        monitor = Monitor(self._anatomy, self._batches)
-        stream = Stream(Source.of_model(self._model, self._anatomy))
+        count = len(self.batches)
+        monitor = Monitor(self._stream.anatomy, [self.batches[number] for number in self._ranks.mine(count)])
         with self._learning.watched(monitor.watch):
-            measured = measure(stream, self._domains, self._batches, progress=progress, label="judging")
-        return Judgement(measured.sums[:, LOSS], monitor.counts, measured)
+            measured = measure(
+                self._stream,
+                self._domains,
+                self.batches,
+                ranks=self._ranks,
+                folder=self._folder,
+                progress=progress,
+                label="judging",
+            )
+        counts = self._ranks.gathered(monitor.counts.astype(np.float64), count).astype(np.int64)
+        return Judgement(measured.sums[:, LOSS], counts, measured)

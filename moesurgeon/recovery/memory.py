@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from moesurgeon.engine.device import Placement
 from moesurgeon.families.keys import count_of
 from moesurgeon.recovery.objective import Losses
+from moesurgeon.recovery.result import Training
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.targets import parts_of
 from moesurgeon.runtime.cost import count_parameters
@@ -23,8 +25,45 @@ def training_bytes(
     """
     size = placement.dtype.itemsize
     weights = count_parameters(anatomy).total * size
+    trained, merged = _trained(anatomy, adapt, schedule.rank)
+    layers = anatomy.layers if not schedule.recompute else 1
+    step = _step_bytes(anatomy, placement, adapt, losses, schedule, tokens=schedule.tokens_per_step, layers=layers)
+    kept = schedule.tokens_per_step * anatomy.layers * anatomy.hidden * size
+    return weights + 16 * trained + 2 * merged * size + step + kept
+
+
+@dataclass(frozen=True)
+class StreamedBytes:
+    """``work``: what a streamed step needs in memory beside two layers; ``held``: what can go to a file."""
+
+    work: int
+    held: int
+
+
+def streamed_bytes(anatomy: Anatomy, placement: Placement, training: Training, piece: int) -> StreamedBytes:
+    """Return about the bytes that training takes beside the weights that are read, in pieces of ``piece`` tokens.
+
+    Merged weights, in float32 with their change and their rounding, are there for one layer at a time. Held are the
+    inputs of all layers, the gradient of one, and of a teacher that is matched everywhere as much again.
+    """
+    size, layers = placement.dtype.itemsize, anatomy.layers
+    adapt, losses, schedule, length = training.adapt, training.losses, training.schedule, training.length
+    trained, merged = _trained(anatomy, adapt, schedule.rank)
+    step = max(length, schedule.tokens_per_step)
+    piece = step if schedule.capacity is not None else min(step, max(length, piece))
+    work = _step_bytes(anatomy, placement, adapt, losses, schedule, tokens=piece, layers=1)
+    states = layers * (2 if losses.hidden else 1) + 4
+    routers = 4 * anatomy.experts * len(anatomy.moe_layers) if losses.router else 0
+    return StreamedBytes(
+        16 * trained + 16 * merged // max(1, len(anatomy.moe_layers)) + work + step * routers,
+        step * states * anatomy.hidden * size,
+    )
+
+
+def _trained(anatomy: Anatomy, adapt: Sequence[str], rank: int) -> tuple[int, int]:
+    """Return how many numbers are trained, and how many weights their adapters are merged into."""
     experts, hidden, wide, layers = anatomy.experts, anatomy.hidden, anatomy.expert_width, len(anatomy.moe_layers)
-    rank, trained, merged = schedule.rank, 0, 0
+    trained, merged = 0, 0
     if "full-routers" in adapt:
         trained += layers * experts * hidden
     elif "routers" in adapt:
@@ -35,19 +74,23 @@ def training_bytes(
     if "experts-all" in adapt:
         trained += layers * experts * rank * (hidden + 2 * wide)
         merged += 2 * layers * experts * hidden * wide
-    return weights + 16 * trained + 2 * merged * size + _step_bytes(anatomy, placement, adapt, losses, schedule)
+    return trained, merged
 
 
 def _step_bytes(
-    anatomy: Anatomy, placement: Placement, adapt: Sequence[str], losses: Losses, schedule: Schedule
+    anatomy: Anatomy,
+    placement: Placement,
+    adapt: Sequence[str],
+    losses: Losses,
+    schedule: Schedule,
+    *,
+    tokens: int,
+    layers: int,
 ) -> int:
-    """Return about what one step's activations take, as ``engine.budget`` counts those of a layer, and its logits."""
+    """Return about what the activations of so many tokens and layers take, as ``engine.budget`` counts, and logits."""
     learns = "routers" in parts_of(adapt) and losses.objective == "distill"
     each = min(schedule.candidates or anatomy.experts, anatomy.experts) if learns else anatomy.top_k
     active = max(each, anatomy.top_k)
     layer = (16 * anatomy.hidden + active * (4 * anatomy.expert_width + 2 * anatomy.hidden)) * placement.dtype.itemsize
-    kept = 1 if schedule.recompute else anatomy.layers
     logits = 4 * 4 * count_of(anatomy.config, "vocab_size", 0)  # float32: logits, both distributions, the gradient
-    return schedule.tokens_per_step * (
-        kept * layer + anatomy.layers * anatomy.hidden * placement.dtype.itemsize + logits
-    )
+    return tokens * (layers * layer + logits)

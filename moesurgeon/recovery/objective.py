@@ -5,7 +5,7 @@ Legend: B windows, T tokens of a window, N tokens of text, V vocabulary, E exper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -19,6 +19,8 @@ from moesurgeon.recovery.targets import parts_of
 from moesurgeon.surgery.anatomy import Anatomy
 
 Objective = Literal["distill", "lm"]
+Summed = Callable[[torch.Tensor], torch.Tensor]
+"""Returns the sum of what all processes have, without a gradient."""
 _Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -76,22 +78,32 @@ def language_loss(student: torch.Tensor, tokens: torch.Tensor, text: torch.Tenso
     return torch.nn.functional.cross_entropy(student[:, :-1][valid].float(), tokens[:, 1:][valid])
 
 
-def balance_loss(routing: Routing, routed: Sequence[Routed], text: torch.Tensor) -> torch.Tensor:
+def balance_loss(
+    routing: Routing, routed: Sequence[Routed], text: torch.Tensor, summed: Summed = torch.Tensor.detach
+) -> torch.Tensor:
     """Return the mean over layers of E x sum_e (share of choices) x (mean score share); 1 when even.
 
-    Choices are the block's own, a selection bias included; ``text`` [B, T] leaves out padding.
+    Choices are the block's own, a selection bias included; ``text`` [B, T] leaves out padding. ``summed``: adds up the
+    choices of all of a step's tokens, where these are not all.
 
     The loss of Switch Transformers (arXiv:2101.03961, eq. 4), for each layer by itself: the form in
     transformers adds the layers up first, so that two lopsided layers can cancel.
     """
     rows = text.flatten()
     losses = []
-    for layer in routed:
-        scores = routing.scores(layer.logits[rows])
-        chosen = layer.chosen[rows].flatten().bincount(minlength=scores.shape[-1])
-        shares = (scores / scores.sum(-1, keepdim=True)).mean(0)
-        losses.append(scores.shape[-1] * (chosen / chosen.sum() * shares).sum())
+    counts_LE = summed(
+        torch.stack([layer.chosen[rows].flatten().bincount(minlength=layer.logits.shape[-1]) for layer in routed])
+    )
+    for layer, chosen in zip(routed, counts_LE, strict=True):
+        losses.append(balance_of(routing, layer.logits[rows], chosen / chosen.sum()))
     return torch.stack(losses).mean()
+
+
+def balance_of(routing: Routing, logits_NE: torch.Tensor, share_E: torch.Tensor) -> torch.Tensor:
+    """Return E x sum_e ``share_E`` x (mean score share) of one layer, for these shares of the choices."""
+    scores = routing.scores(logits_NE)
+    shares = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    return scores.shape[-1] * (share_E * shares).sum()
 
 
 def router_distillation(
@@ -118,11 +130,17 @@ def z_loss(routed: Sequence[Routed], text: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_loss(
-    student_BTH: Sequence[torch.Tensor], teacher_NH: Sequence[torch.Tensor], text: torch.Tensor
+    student_BTH: Sequence[torch.Tensor],
+    teacher_NH: Sequence[torch.Tensor],
+    text: torch.Tensor,
+    summed: Summed = torch.Tensor.detach,
 ) -> torch.Tensor:
-    """Return the mean over layers of |student - teacher|^2 / |teacher|^2, of the hidden states of text."""
+    """Return the mean over layers of |student - teacher|^2 / |teacher|^2, of the hidden states of text.
+
+    ``summed``: adds up the squares of all of a step's tokens, where these are not all.
+    """
+    sizes = summed(torch.stack([wanted.float().square().sum() for wanted in teacher_NH]))
     losses = []
-    for mine, wanted in zip(student_BTH, teacher_NH, strict=True):
-        target = wanted.float()
-        losses.append((mine[text].float() - target).square().sum() / target.square().sum())
+    for mine, wanted, size in zip(student_BTH, teacher_NH, sizes, strict=True):
+        losses.append((mine[text].float() - wanted.float()).square().sum() / size)
     return torch.stack(losses).mean()

@@ -6,8 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
+from moesurgeon.engine.loading import DTYPES
 from moesurgeon.engine.model import moe_blocks
 from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import CheckpointError, UsageError
@@ -16,6 +18,8 @@ from moesurgeon.surgery.anatomy import Anatomy
 Adapt = Literal["routers", "full-routers", "experts", "experts-all"]
 """``routers``: low-rank adapters on them; ``full-routers``: their weights themselves; ``experts``: low-rank adapters
 on the down projections; ``experts-all``: on all three matrices."""
+Kind = Literal["lora", "adalora"]
+"""Of the routers' adapters: all of one rank, or ranks that are dealt out among the routers while they are trained."""
 Part = Literal["routers", "experts"]
 PARTS: tuple[Part, ...] = ("routers", "experts")
 
@@ -45,8 +49,8 @@ class Target:
         return found
 
 
-def check_adapt(adapt: Sequence[str]) -> None:
-    """Raise UsageError for names that say nothing, or two things at once."""
+def check_adapt(adapt: Sequence[str], kind: Kind = "lora") -> None:
+    """Raise UsageError for names that say nothing, or two things at once, or cannot be adapted in this way."""
     if not adapt:
         raise UsageError("nothing is named to train; give --adapt routers, full-routers, experts or experts-all")
     known = Adapt.__args__  # type: ignore[attr-defined]
@@ -56,6 +60,11 @@ def check_adapt(adapt: Sequence[str]) -> None:
     for pair in (("routers", "full-routers"), ("experts", "experts-all")):
         if set(pair) <= set(adapt):
             raise UsageError(f"--adapt {pair[0]} and --adapt {pair[1]} exclude each other; give one of them")
+    if kind == "adalora" and set(adapt) != {"routers"}:
+        raise UsageError(
+            "--adapter adalora is for --adapt routers alone: ranks are dealt out among routers, and peft has no such "
+            "adapter for experts; train the experts in a second recover"
+        )
 
 
 def parts_of(adapt: Collection[str]) -> tuple[Part, ...]:
@@ -102,3 +111,10 @@ def refuse_unwritable(student: Stream, targets: Sequence[Target]) -> None:
                 raise CheckpointError(
                     f"{piece.source} is stored as {dtype}; only {', '.join(WRITABLE)} can be trained: convert it"
                 )
+
+
+def as_stored(student: Stream, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return what writing ``weight`` under the running name ``name`` makes of it, in the dtype it is stored in."""
+    dtypes = {DTYPES[student.anatomy.tensors[piece.source].dtype] for piece in student.stored_parts(name)}
+    rounded = student.as_stored(name, weight.cpu())
+    return rounded.to(dtypes.pop()) if len(dtypes) == 1 else rounded

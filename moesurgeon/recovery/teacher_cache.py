@@ -11,29 +11,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from moesurgeon.checkpoint.install import sync
-from moesurgeon.engine.batches import Batch, rows_for, to_batch
+from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import InputError, OutputError
 from moesurgeon.progress import Progress
-from moesurgeon.recovery.estimator import Learning, learning_routers
+from moesurgeon.recovery.estimator import learning_routers
 from moesurgeon.recovery.judge import Judge
 from moesurgeon.recovery.objective import Losses
-from moesurgeon.recovery.teacher import Likeliest, Said, heard
-from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.recovery.said import Array, spoken_batches, write_said
+from moesurgeon.recovery.teacher import Likeliest, Said
 from moesurgeon.traces.windows import Corpus, Window
 
 _FACTS, _HELDOUT, _COUNTS = "cache.json", "heldout.npy", "counts.npy"
-Array = NDArray[Any]
 
 
 class Cached:
@@ -64,10 +62,29 @@ class Cached:
         likeliest = None
         if "indices" in self._arrays:
             likeliest = Likeliest(rows("indices").long(), rows("logq"), rows("logq_rest"))
-        routers = [rows(f"router.{layer}") for layer in self._layers]
-        if self._experts is not None:
-            routers = [each[:, list(self._experts[layer])] for layer, each in zip(self._layers, routers, strict=True)]
-        return Said(likeliest=likeliest, routers=routers, hidden=[rows(f"hidden.{layer}") for layer in self._hidden])
+
+        def router(layer: int) -> torch.Tensor:
+            logits = rows(f"router.{layer}")
+            return logits if self._experts is None else logits[:, list(self._experts[layer])]
+
+        return Said(
+            likeliest=likeliest,
+            routers=_Lazy(router, self._layers),
+            hidden=_Lazy(lambda layer: rows(f"hidden.{layer}"), self._hidden),
+        )
+
+
+class _Lazy(Sequence[torch.Tensor]):
+    """What ``read`` makes of each of ``layers``, when it is asked for: all at once may not fit into memory."""
+
+    def __init__(self, read: Callable[[int], torch.Tensor], layers: Sequence[int]) -> None:
+        self._read, self._layers = read, layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read(self._layers[index])
 
 
 def is_cached(folder: Path, digest: str) -> bool:
@@ -82,18 +99,18 @@ def is_cached(folder: Path, digest: str) -> bool:
 def fill_cache(
     folder: Path,
     digest: str,
-    teacher: PreTrainedModel,
-    anatomy: Anatomy,
+    teacher: Stream,
     *,
     corpus: Corpus,
     heldout: Corpus,
     losses: Losses,
     length: int,
+    states: Path | None = None,
     progress: Progress,
 ) -> None:
     """Let ``teacher`` say of ``corpus`` what ``losses`` ask for, and judge it on ``heldout``.
 
-    The folder is there whole or not at all.
+    The folder is there whole or not at all. ``states``: where hidden states go if not into memory.
 
     Raises OutputError for a disk that refuses.
     """
@@ -101,18 +118,11 @@ def fill_cache(
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        with learning_routers(teacher, anatomy, candidates=anatomy.top_k) as learning:
-            judged = Judge(teacher, anatomy, learning, heldout, length).judged(progress)
-            arrays = _filled(
-                part,
-                teacher,
-                anatomy,
-                learning,
-                windows=corpus.windows,
-                losses=losses,
-                length=length,
-                progress=progress,
-            )
+        anatomy = teacher.anatomy
+        with learning_routers(teacher.skeleton.model, anatomy, candidates=anatomy.top_k) as learning:
+            judged = Judge(teacher, learning, heldout, length, states).judged(progress)
+            batches = spoken_batches(corpus, length, teacher.source.placement.device)
+            arrays = write_said(part, teacher, learning, batches, losses, states=states, progress=progress)
         np.save(part / _HELDOUT, judged.sums)
         np.save(part / _COUNTS, judged.counts)
         (part / _FACTS).write_text(json.dumps({"digest": digest, "arrays": sorted(arrays)}) + "\n", encoding="utf-8")
@@ -132,58 +142,6 @@ def fill_cache(
             shutil.rmtree(part, ignore_errors=True)
             with suppress(OSError):  # it holds something else
                 folder.parent.rmdir()
-
-
-def _filled(
-    part: Path,
-    teacher: PreTrainedModel,
-    anatomy: Anatomy,
-    learning: Learning,
-    *,
-    windows: Sequence[Window],
-    losses: Losses,
-    length: int,
-    progress: Progress,
-) -> dict[str, Array]:
-    """Write the rows of every window, in files that are mapped: what is written need not fit into memory."""
-    total = sum(len(window.tokens) for window in windows)
-    arrays: dict[str, Array] = {}
-    if not losses.from_teacher:
-        return arrays
-    step, position = rows_for(length), 0
-    with progress.task("asking the teacher", total, "tokens") as advance:
-        for start in range(0, len(windows), step):
-            batch = to_batch(windows[start : start + step], teacher.device)
-            with learning.recording() as routed:
-                said = heard(teacher, anatomy, batch, losses, routed)
-            for name, rows in _figures(said, batch, anatomy, losses).items():
-                if name not in arrays:
-                    shape = (total, *rows.shape[1:])
-                    arrays[name] = np.lib.format.open_memmap(part / f"{name}.npy", "w+", rows.dtype, shape)
-                arrays[name][position : position + len(rows)] = rows
-            position += batch.text_tokens
-            advance(batch.text_tokens)
-    for array in arrays.values():
-        array.flush()  # type: ignore[attr-defined]
-    return arrays
-
-
-def _figures(said: Said, batch: Batch, anatomy: Anatomy, losses: Losses) -> dict[str, Array]:
-    """Return what is kept of ``said``, a row for each token."""
-    found: dict[str, torch.Tensor] = {}
-    if said.logits is not None:
-        likeliest = Likeliest.of(said.logits[batch.is_text], losses.temperature)
-        found = {
-            "indices": likeliest.indices.int(),
-            "logq": likeliest.logq,
-            "logq_rest": likeliest.logq_rest,
-        }
-    for layer, logits in zip(anatomy.moe_layers, said.routers, strict=bool(said.routers)):
-        found[f"router.{layer}"] = logits.float()
-    for layer, states in enumerate(said.hidden):
-        # numpy knows no bfloat16; float16 would overflow on the outliers of large models.
-        found[f"hidden.{layer}"] = states.float()
-    return {name: tensor.cpu().numpy() for name, tensor in found.items()}
 
 
 def _rows(windows: Sequence[Window]) -> dict[int, tuple[int, int]]:

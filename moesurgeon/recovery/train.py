@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,26 +9,24 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from moesurgeon.engine.batches import Batch
-from moesurgeon.engine.loading import DTYPES
+from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
 from moesurgeon.progress import SILENT, Progress
-from moesurgeon.recovery.adapters import Adapted
 from moesurgeon.recovery.closed import Sums, closed
-from moesurgeon.recovery.estimator import learning_routers
-from moesurgeon.recovery.judge import Judge, Judgement
-from moesurgeon.recovery.layers import outputs, recomputed
+from moesurgeon.recovery.folder import adapter_of
+from moesurgeon.recovery.judge import Judgement
 from moesurgeon.recovery.log import Log
 from moesurgeon.recovery.monitor import Counts, changed_experts, usage_of
 from moesurgeon.recovery.objective import refuse_without_gradient
+from moesurgeon.recovery.resident import Resident
 from moesurgeon.recovery.result import Recovered, Training
 from moesurgeon.recovery.schedule import endless, pace
 from moesurgeon.recovery.state import Store
-from moesurgeon.recovery.targets import Part, parts_of, refuse_unwritable, targets_of
-from moesurgeon.recovery.teacher import Itself, Said, Teacher
+from moesurgeon.recovery.steps import Steps
+from moesurgeon.recovery.streamed import Streamed, Streaming
+from moesurgeon.recovery.targets import Part, parts_of
 from moesurgeon.recovery.teacher_cache import Cached
-from moesurgeon.recovery.terms import Heard, Terms, terms_of
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.traces.windows import Corpus
 
@@ -43,112 +40,95 @@ WHOLE = 0.1
 
 def train(
     student: Stream,
-    model: PreTrainedModel,
+    model: PreTrainedModel | Streaming,
     teacher: Cached | Anatomy,
     text: Corpus,
     heldout: Corpus,
     training: Training,
     *,
+    ranks: Ranks | None = None,
     store: Store | None = None,
     log: Log | None = None,
     progress: Progress = SILENT,
 ) -> Recovered:
     """Train ``model``, which holds the weights of ``student``, and return the best state on ``heldout``.
 
-    ``teacher``: what it said, or the anatomy by which the student itself is the teacher. ``model`` is consumed.
+    Or, without one, the layers of ``student`` as they are read. ``teacher``: what it said, or the anatomy by which
+    the student itself is the teacher. ``model`` is consumed. Of several ``ranks`` each trains on rows of every batch,
+    and all have the same result.
     Raises UsageError if the objective does not reach what is trained, CheckpointError for what could not be stored.
     """
+    refuse_without_gradient(student.anatomy, training.losses, training.adapt)
     with ExitStack() as stack:
-        run = _Run(stack, student, model, teacher, (text, heldout), training)
+        steps: Steps
+        if isinstance(model, Streaming):
+            steps = Streamed(stack, student, model, heldout, training, ranks)
+        else:
+            steps = Resident(stack, student, model, heldout, training, ranks)
+        run = _Run(steps, teacher, text, training)
         return run.result(store, log or Log(), progress)
 
 
 class _Run:
-    """One training from where it is to its end."""
+    """One training from where it is to its end: what does not depend on where the weights are."""
 
-    def __init__(
-        self,
-        stack: ExitStack,
-        student: Stream,
-        model: PreTrainedModel,
-        teacher: Cached | Anatomy,
-        corpora: tuple[Corpus, Corpus],
-        training: Training,
-    ) -> None:
-        self.student, self.model, self.text, self.training = student, model, corpora[0], training
-        anatomy, schedule = student.anatomy, training.schedule
-        refuse_without_gradient(anatomy, training.losses, training.adapt)
-        self.parts = parts_of(training.adapt)
-        targets = targets_of(model, anatomy, training.adapt)
-        refuse_unwritable(student, targets)
-        # The plain language-model loss is run on the gate as it is; distillation through the estimator.
-        is_plain = training.losses.objective == "lm" or "routers" not in self.parts
-        candidates = anatomy.top_k if is_plain else schedule.candidates
-        self.learning = stack.enter_context(
-            learning_routers(model, anatomy, candidates=candidates, capacity=schedule.capacity)
-        )
-        if schedule.recompute:
-            stack.enter_context(recomputed(model, anatomy))
-        self.judge = Judge(model, anatomy, self.learning, corpora[1], training.length)
-        self.before = self.judge.judged()
+    def __init__(self, steps: Steps, teacher: Cached | Anatomy, text: Corpus, training: Training) -> None:
+        self.steps, self.text, self.training = steps, text, training
+        self.anatomy, self.parts = steps.anatomy, parts_of(training.adapt)
+        self.before = steps.judged()
         self.teacher_sums, teacher_counts = self._teacher_on_heldout(teacher)
-        torch.manual_seed(schedule.seed)
+        torch.manual_seed(training.schedule.seed)
         experts = None
         if training.changed is not None:
             assert training.experts is not None
             experts = changed_experts(
-                anatomy, self.before.counts, teacher_counts, dict(training.experts), training.changed
+                self.anatomy, self.before.counts, teacher_counts, dict(training.experts), training.changed
             )
-        self.adapted = Adapted(model, targets, rank=schedule.rank, experts=experts)
-        self.teacher: Teacher | None = None
-        if training.losses.from_teacher:
-            self.teacher = (
-                Itself(model, self.adapted, self.learning, teacher, training.losses)
-                if isinstance(teacher, Anatomy)
-                else teacher
-            )
+        self.adapted = steps.begin(teacher, experts)
 
     def result(self, store: Store | None, log: Log, progress: Progress) -> Recovered:
         """Train to the end and return what came of it."""
         schedule, training = self.training.schedule, self.training
         weights = self.adapted.weights()
         found = Recovered(None, {}, 0.0, sum(weight.numel() for weight in weights))
-        best_loss, best, best_judged, worse = self.before.loss, None, self.before, 0
+        best_loss, best, worse = self.before.loss, None, 0
         optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), weight_decay=0.0)
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, schedule.steps, schedule.warmup))
-        accelerator = Accelerator(cpu=self.model.device.type == "cpu", step_scheduler_with_optimizer=False)
-        model, optimizer, rate = accelerator.prepare(self.adapted.model, optimizer, rate)
+        accelerator = Accelerator(cpu=self.steps.device.type == "cpu", step_scheduler_with_optimizer=False)
+        optimizer, rate = self.steps.prepare(accelerator, optimizer, rate)
         if store and (state := store.load()):
-            self.adapted.load(state["weights"])
+            self.adapted.load(state["weights"], state["importance"])
             optimizer.load_state_dict(state["optimizer"])
             rate.load_state_dict(state["rate"])
             best_loss, best, worse = state["best_loss"], state["best"], state["worse"]
             found.steps, found.log, found.gradient_norm = state["step"], state["log"], state["norm"]
         rows = max(1, schedule.tokens_per_step // training.length)
-        batches = endless(self.text, rows, schedule.seed, self.model.device, done=found.steps)
+        batches = endless(self.text, rows, schedule.seed, self.steps.device, done=found.steps)
         with progress.task("recovering", schedule.steps, "steps") as advance:
             advance(found.steps)
             while found.steps < schedule.steps and not (schedule.patience and worse >= schedule.patience):
                 found.steps += 1
                 batch = next(batches)
-                terms = self._losses(model, batch)
-                if found.steps == 1:
-                    found.gradient_norm = self._first_norm(terms.main)
-                accelerator.backward(terms.main + terms.beside)
+                given = self.steps.gradients(batch, self.parts[0] if found.steps == 1 else None)
+                if given.norm is not None:
+                    refuse_noise(given.norm, self.parts[0])
+                    found.gradient_norm = given.norm
+                self.adapted.regularise()
                 accelerator.clip_grad_norm_(weights, schedule.clip)
                 optimizer.step()
                 rate.step()
+                self.adapted.allocate(found.steps)
                 optimizer.zero_grad()
                 advance(1)
                 if found.steps % schedule.judge_every and found.steps != schedule.steps:
                     continue
-                judged = self._judged(self.parts)
+                judged = self.steps.judged(self.parts)
                 found.log.append(
                     {
                         "step": found.steps,
-                        **terms.figures,
+                        **given.figures,
                         "heldout": judged.loss,
-                        "usage": usage_of(self.student.anatomy, judged.counts),
+                        "usage": usage_of(self.anatomy, judged.counts),
                     }
                 )
                 worse += 1
@@ -162,6 +142,7 @@ class _Run:
                             "weights": self.adapted.state(),
                             "optimizer": optimizer.state_dict(),
                             "rate": rate.state_dict(),
+                            "importance": self.adapted.importance(),
                             "best_loss": best_loss,
                             "best": best,
                             "worse": worse,
@@ -169,42 +150,23 @@ class _Run:
                             "norm": found.gradient_norm,
                         }
                     )
-        if best is not None:
-            self.adapted.load(best)
-            found.tensors = self._stored(self.parts)
-            best_judged = self._judged(self.parts, found.tensors)
-            found.parts = {part: self._closed(self._alone(part, best_judged)) for part in self.parts}
-        found.closed = self._closed(best_judged, domains=True)
-        found.usage = {
-            "before": usage_of(self.student.anatomy, self.before.counts),
-            "after": usage_of(self.student.anatomy, best_judged.counts),
-        }
+        self._finish(found, best)
         return found
 
-    def _losses(self, model: Any, batch: Batch) -> Terms:
-        """Run the student on ``batch`` and return what is to become small."""
-        losses, anatomy = self.training.losses, self.student.anatomy
-        said = self.teacher.says(batch) if self.teacher else Said()
-        self.learning.routed.clear()
-        self.learning.is_text = batch.is_text.flatten()
-        with ExitStack() as stack:
-            hidden = stack.enter_context(outputs(self.model, anatomy)) if losses.hidden else []
-            logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
-        routed = self.learning.routed[: len(anatomy.moe_layers)]
-        return terms_of(
-            losses, self.learning.rule, Heard(logits, routed, hidden), said, batch, routers="routers" in self.parts
-        )
-
-    def _first_norm(self, main: torch.Tensor) -> float:
-        """Return the norm of the gradient; UsageError if it is noise.
-
-        Without the balancing loss, whose gradient would hide that the objective has none.
-        """
-        part: Part = self.parts[0]
-        parts = torch.autograd.grad(main, self.adapted.weights(part), retain_graph=True)
-        norm = float(torch.nn.utils.get_total_norm(parts))
-        refuse_noise(norm, part)
-        return norm
+    def _finish(self, found: Recovered, best: dict[str, torch.Tensor] | None) -> None:
+        """Put into ``found`` what the state ``best`` (None: that of the start) is, and is worth."""
+        judged, ranks = self.before, self.adapted.ranks()
+        if best is not None:
+            self.adapted.load(best)
+            found.tensors, found.adapter = self.steps.stored(self.parts), adapter_of(self.adapted)
+            judged = self.steps.judged(self.parts, found.tensors)
+            found.parts = {part: self._closed(self._alone(part, judged)) for part in self.parts}
+        found.ranks = ranks and {"last": ranks, "written": self.adapted.ranks() if best is not None else None}
+        found.closed = self._closed(judged, domains=True)
+        found.usage = {
+            "before": usage_of(self.anatomy, self.before.counts),
+            "after": usage_of(self.anatomy, judged.counts),
+        }
 
     def _groups(self) -> list[dict[str, Any]]:
         schedule, rate = self.training.schedule, self.training.schedule.learning_rate
@@ -213,16 +175,8 @@ class _Run:
         rates = {"routers": rate * whole, "experts": own}
         return [{"params": self.adapted.weights(part), "lr": rates[part]} for part in self.parts]
 
-    def _stored(self, parts: Sequence[Part]) -> dict[str, torch.Tensor]:
-        """Return the weights of ``parts`` as they are by now, rounded as they will be stored, on the CPU."""
-        return {name: as_stored(self.student, name, weight) for name, weight in self.adapted.merged(parts)}
-
-    def _judged(self, parts: Sequence[Part], tensors: Mapping[str, torch.Tensor] | None = None) -> Judgement:
-        with self.adapted.running_with(self._stored(parts) if tensors is None else tensors):
-            return self.judge.judged()
-
     def _alone(self, part: Part, everything: Judgement) -> Judgement:
-        return everything if len(self.parts) == 1 else self._judged((part,))
+        return everything if len(self.parts) == 1 else self.steps.judged((part,))
 
     def _closed(self, judged: Judgement, *, domains: bool = False) -> dict[str, Any]:
         figures = closed(judged.measured, self.before.sums, judged.sums, self.teacher_sums)
@@ -232,16 +186,8 @@ class _Run:
         """Return the teacher's losses by window and whom its routers choose."""
         if isinstance(teacher, Cached):
             return teacher.heldout, teacher.counts
-        with self.learning.routing_as(teacher):
-            judged = self.judge.judged()
+        judged = self.steps.judged_as(teacher)
         return judged.sums, judged.counts
-
-
-def as_stored(student: Stream, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Return what writing ``weight`` under the running name ``name`` makes of it, in the dtype it is stored in."""
-    dtypes = {DTYPES[student.anatomy.tensors[piece.source].dtype] for piece in student.stored_parts(name)}
-    rounded = student.as_stored(name, weight.cpu())
-    return rounded.to(dtypes.pop()) if len(dtypes) == 1 else rounded
 
 
 def refuse_noise(norm: float, part: Part = "routers") -> None:

@@ -164,6 +164,31 @@ def test_recover_of_routers_and_experts(name: str, out: Path, top1: dict[str, Pa
 
 
 @both
+def test_recover_with_ranks_that_are_dealt_out(name: str, out: Path, top1: dict[str, Path]) -> None:
+    few = (*TEXT, "--steps", "10", "--tokens-per-step", "64", "--heldout-tokens", "128", "--allow-noop")
+    command = ("recover", top1[name], out, "--teacher", name, *few, "--adapter", "adalora", "--rank", "2")
+    report = succeeded(*command, "--json").json
+    assert report["adapter"] == "adalora" and set(report["ranks"]) == {"last", "written"}
+    assert set(report["ranks"]["last"]) == set(report["usage"]["after"])
+    assert max(report["ranks"]["last"].values()) <= 3
+    assert "  layer 1: rank " in succeeded(*command, "--overwrite").out
+    adapter = out.with_name("adapter")
+    report = succeeded(*command, "--overwrite", "--save-adapter", adapter, "--json").json
+    assert report["saved_adapter"] == (str(adapter) if report["ranks"]["written"] else None)
+    assert adapter.exists() == (report["ranks"]["written"] is not None)
+
+
+@both
+def test_recover_beyond_memory(name: str, out: Path, top1: dict[str, Path]) -> None:
+    few = (*TEXT, "--steps", "2", "--tokens-per-step", "64", "--heldout-tokens", "128", "--allow-noop", "--streamed")
+    report = succeeded("recover", top1[name], out, "--teacher", name, *few, "--json").json
+    assert report["resident"] is False
+    assert report["bytes_before"] < report["bytes_read_per_step"] < 2 * report["bytes_before"]
+    shown = succeeded("recover", top1[name], out, "--teacher", name, *few, "--overwrite").out
+    assert "layers were streamed: 0.01 GB read at every step" in shown
+
+
+@both
 def test_verify(name: str, top1: dict[str, Path]) -> None:
     report = succeeded("verify", top1[name], "--source", name, "--json").json
     keeps(report, tensors=int, bytes=int, fingerprint=str, history=list, source=str, tensors_equal=int)

@@ -116,6 +116,22 @@ def test_every_walk_yields_every_group_with_its_weights(start: int, more: int, t
     assert not _reading()
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, GROUPS - 1), st.integers(1, GROUPS), st.integers(0, 3000))
+def test_a_walk_goes_backwards_as_well(start: int, stop: int, more: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        reader = Reader(patch)
+        reader.supply.allow(reader.supply.least + more)
+        seen = []
+        for group, tensors in reader.supply.walk(start, stop, backwards=True):
+            assert all((tensor == group).all() for tensor in tensors.values()), group
+            seen.append(group)
+        assert seen == list(range(start, stop))[::-1]
+        assert reader.most <= reader.supply.least + more
+        assert list(_walk(reader.supply)) == list(range(GROUPS))
+    assert not _reading()
+
+
 def test_two_slots_are_all_the_memory_that_streaming_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader(monkeypatch)
     for _ in range(3):

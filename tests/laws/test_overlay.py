@@ -143,6 +143,8 @@ def test_tensors_and_deltas_walk_as_a_checkpoint_that_has_them(name: str, stock:
             )
             overlay.deltas[target] = delta
             tensor.add_(0.05 * (delta.up @ delta.down))
+        overlay.changes[router] = lambda weight: 2.0 * weight
+        model.get_parameter(router).mul_(2.0)
     model.save_pretrained(tmp_path / "changed")
     changed = open_subject(str(tmp_path / "changed"))
     found, alone = walked([Stream(source, overlay), Stream(source)], BATCHES)

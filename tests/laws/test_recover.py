@@ -15,7 +15,7 @@ from moesurgeon.engine.whole import filled
 from moesurgeon.errors import NothingToDo, UsageError
 from moesurgeon.evaluation.measure import LOSS, measure
 from moesurgeon.pipeline.subject import Subject, open_subject
-from moesurgeon.recovery import train
+from moesurgeon.recovery import resident, train
 from moesurgeon.recovery.judge import Judge
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.result import Recovered, Training
@@ -144,13 +144,13 @@ def test_the_best_state_is_kept_when_a_later_one_is_worse(case: Case, monkeypatc
 
     adapted: list[Any] = []
 
-    class Noted(train.Adapted):
+    class Noted(resident.Adapted):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **named)
             adapted.append(self)
 
     monkeypatch.setattr(Judge, "judged", noted)
-    monkeypatch.setattr(train, "Adapted", Noted)
+    monkeypatch.setattr(resident, "Adapted", Noted)
     result = _recovered(case, replace(SCHEDULE, steps=4, judge_every=1))
     assert [entry["heldout"] for entry in result.log] == [3.0, 1.0, 2.0, 1.5]
     best = adapted[0].state()

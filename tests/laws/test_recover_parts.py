@@ -18,8 +18,8 @@ from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.verify import verify
-from moesurgeon.recovery import train
 from moesurgeon.recovery.objective import Losses
+from moesurgeon.recovery.resident import Resident
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.state import Store
 from moesurgeon.surgery.retop import RetopSpec
@@ -155,7 +155,7 @@ def test_a_killed_recovery_ends_as_an_unbroken_one(
 
 def _kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
     """Let the step of this number end in a kill."""
-    before, steps = train._Run._losses, []
+    before, steps = Resident.gradients, []
 
     def losses(self: Any, *given: Any) -> Any:
         steps.append(1)
@@ -163,18 +163,18 @@ def _kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
             raise Killed
         return before(self, *given)
 
-    patch.setattr(train._Run, "_losses", losses)
+    patch.setattr(Resident, "gradients", losses)
 
 
 def _counted(patch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that has an entry for every step from here on."""
-    before, steps = train._Run._losses, []
+    before, steps = Resident.gradients, []
 
     def losses(self: Any, *given: Any) -> Any:
         steps.append(1)
         return before(self, *given)
 
-    patch.setattr(train._Run, "_losses", losses)
+    patch.setattr(Resident, "gradients", losses)
     return steps
 
 
@@ -238,9 +238,9 @@ def test_a_student_that_is_its_own_teacher_learns_as_from_another_model(
     """With a vocabulary of 64 the cache holds the whole distribution, so that both are the same training."""
     teacher, student = _top_1(tmp_path, vocab_size=64)
     loaded = []
-    load = recover_teacher.load_model
+    fill = recover_teacher.fill_cache
     monkeypatch.setattr(
-        recover_teacher, "load_model", lambda *given, **named: loaded.append(1) or load(*given, **named)
+        recover_teacher, "fill_cache", lambda *given, **named: loaded.append(1) or fill(*given, **named)
     )
     with texts(monkeypatch, *random_corpora(student)):
         options: dict[str, Any] = {
@@ -293,15 +293,15 @@ def test_a_pruned_student_learns_from_a_cache_that_can_be_kept(
     prune(teacher.name, PruneSpec(keep_experts=kept), Writing(output=tmp_path / "pruned"))
     student = open_subject(str(tmp_path / "pruned"))
     assert recover_teacher.experts_of_teacher(student, teacher) == {0: (0, 2, 3, 5, 6, 7), 1: (1, 2, 4, 5, 6, 7)}
-    load = recover_teacher.load_model
+    fill = recover_teacher.fill_cache
     with texts(monkeypatch, *random_corpora(student)):
         options: dict[str, Any] = {"losses": losses, "schedule": QUICK, "allow_noop": True, "cache": tmp_path / "cache"}
         first = recovered_to(student.name, teacher.name, tmp_path / "one", **options)
         assert len(list((tmp_path / "cache").iterdir())) == 1
-        monkeypatch.setattr(recover_teacher, "load_model", pytest.fail)  # it has said all there is to say
+        monkeypatch.setattr(recover_teacher, "fill_cache", pytest.fail)  # it has said all there is to say
         second = recovered_to(student.name, teacher.name, tmp_path / "two", **options)
         assert first["log"] == second["log"]
-        monkeypatch.setattr(recover_teacher, "load_model", load)
+        monkeypatch.setattr(recover_teacher, "fill_cache", fill)
         recovered_to(
             student.name, teacher.name, tmp_path / "three", **{**options, "losses": replace(losses, temperature=2.0)}
         )
@@ -327,3 +327,25 @@ def test_recomputed_layers_give_the_same_run(case: Case, out: Path) -> None:
     for mine, theirs in zip(one["log"], two["log"], strict=True):
         assert mine["heldout"] == pytest.approx(theirs["heldout"], rel=1e-6)
     assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("reading")
+def test_adalora_changes_routers_alone_says_their_ranks_and_goes_on_where_it_was(
+    case: Case, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = replace(QUICK, steps=10, rank=3, learning_rate=2e-2)
+    options: dict[str, Any] = {"adapter": "adalora", "schedule": schedule}
+    clean = recovered_to(case.student.name, case.teacher.name, out, **options)
+    assert clean["loss_after"] < clean["loss_before"]
+    assert _changed(case.student, str(out)) == _names(case.student, routers=True)
+    assert verify(str(out), case.student.name)["tensors_replaced"] == len(case.student.anatomy.moe_layers)
+    assert set(clean["ranks"]) == {"last", "written"}
+    assert sum(clean["ranks"]["last"].values()) == 3 * len(case.student.anatomy.moe_layers)
+    again = out.with_name("again")
+    with monkeypatch.context() as patch:
+        _kill_at(8, patch)  # after ranks have been taken away
+        with pytest.raises(Killed):
+            recovered_to(case.student.name, case.teacher.name, again, **options)
+    resumed = recovered_to(case.student.name, case.teacher.name, again, **options)
+    assert {**resumed, "output": 0} == {**clean, "output": 0}
+    assert _folder(again) == _folder(out)

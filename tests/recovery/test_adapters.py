@@ -16,8 +16,7 @@ from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.recovery.adapters import Adapted
 from moesurgeon.recovery.estimator import learning_routers
-from moesurgeon.recovery.targets import Adapt, check_adapt, refuse_unwritable, targets_of
-from moesurgeon.recovery.train import as_stored
+from moesurgeon.recovery.targets import Adapt, as_stored, check_adapt, refuse_unwritable, targets_of
 from moesurgeon.surgery.plan import identity
 from tests.engine.small import running, saved, small_model, source_of
 

@@ -22,6 +22,7 @@ from moesurgeon.recovery.objective import (
     router_distillation,
     z_loss,
 )
+from moesurgeon.recovery.share import Share
 from moesurgeon.recovery.teacher import Said
 from moesurgeon.recovery.terms import Heard, terms_of
 from moesurgeon.surgery.anatomy import Anatomy, examine
@@ -158,14 +159,14 @@ def test_terms_are_added_with_their_coefficients(routers: bool) -> None:
     )
     heard = Heard(STUDENT, routed, [torch.randn(3, 7, 4, generator=RANDOM)])
     losses = Losses(temperature=2.0, lm=0.3, router=0.5, hidden=0.7, balance=0.2, z=0.1)
-    terms = terms_of(losses, _routing(), heard, said, batch, routers=routers)
+    terms = terms_of(losses, _routing(), heard, said, Share(batch), routers=routers)
     each = terms.figures
     assert each["kl"] == pytest.approx(float(distillation(STUDENT, TEACHER, TEXT, 2.0)))
     main = each["kl"] + 0.3 * each["lm"] + 0.5 * each["router"] + 0.7 * each["hidden"]
     assert float(terms.main) == pytest.approx(main, rel=1e-6) == pytest.approx(each["loss"], rel=1e-6)
     beside = 0.2 * each["balance"] + 0.1 * each["z"] if routers else 0.0
     assert float(terms.beside) == pytest.approx(beside, rel=1e-6)
-    plain = terms_of(Losses(objective="lm", lm=9.0), _routing(), heard, Said(), batch, routers=routers)
+    plain = terms_of(Losses(objective="lm", lm=9.0), _routing(), heard, Said(), Share(batch), routers=routers)
     assert float(plain.main) == pytest.approx(float(language_loss(STUDENT, TOKENS, TEXT)), rel=1e-6)
     assert set(plain.figures) == {"loss", "lm", "balance"}
 

@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moesurgeon.engine.device import Placement
+from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.errors import OutputError, UsageError
 from moesurgeon.evaluation.measure import Measurement
 from moesurgeon.recovery.closed import closed
@@ -40,7 +41,7 @@ def test_the_judge_counts_every_choice_of_text(tmp_path: Path) -> None:
     model = running(subject)
     heldout = corpus_of(random_windows("a", count=9, vocabulary=90), random_windows("b", count=3, vocabulary=90))
     with learning_routers(model, subject.anatomy, candidates=None) as learning:
-        judgement = Judge(model, subject.anatomy, learning, heldout, 40).judged()
+        judgement = Judge(Stream(Source.of_model(model, subject.anatomy)), learning, heldout, 40).judged()
         counts = np.zeros_like(judgement.counts)
         with torch.no_grad():
             for number, batch in enumerate(batches_for(heldout, 40)):

@@ -10,13 +10,14 @@ import torch
 
 from moesurgeon.engine.batches import to_batch
 from moesurgeon.engine.model import logits_of
+from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.errors import OutputError
 from moesurgeon.progress import SILENT
 from moesurgeon.recovery import teacher_cache
 from moesurgeon.recovery.objective import Losses, distillation
 from moesurgeon.recovery.teacher import Likeliest
 from moesurgeon.recovery.teacher_cache import Cached, fill_cache, is_cached
-from tests.engine.small import corpus_of, random_windows, running, saved, small_model
+from tests.engine.small import corpus_of, random_windows, running, saved, small_model, stream_of
 
 
 def _logits(vocabulary: int, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +93,9 @@ def _filled(folder: Path) -> tuple[object, ...]:
     subject = saved(small_model("deepseek_v3"), folder / "model")
     teacher = running(subject)
     corpus = corpus_of(random_windows("a", count=7, vocabulary=90), random_windows("b", count=4, vocabulary=90))
+    stream = Stream(Source.of_model(teacher, subject.anatomy))
     fill_cache(
-        folder / "cache", "digest", teacher, subject.anatomy, corpus=corpus, heldout=corpus, losses=LOSSES, length=40,
-        progress=SILENT,
+        folder / "cache", "digest", stream, corpus=corpus, heldout=corpus, losses=LOSSES, length=40, progress=SILENT,
     )  # fmt: skip
     return subject, teacher, corpus
 
@@ -130,7 +131,7 @@ def test_a_cache_is_whole_or_not_there(error: BaseException, tmp_path: Path, mon
     def fails(*_given: object, **_named: object) -> None:
         raise error
 
-    monkeypatch.setattr(teacher_cache, "_filled", fails)
+    monkeypatch.setattr(teacher_cache, "write_said", fails)
     with pytest.raises((OutputError, KeyboardInterrupt)) as raised:
         _filled_in(tmp_path / "deep")
     if isinstance(error, OSError):
@@ -142,6 +143,6 @@ def _filled_in(folder: Path) -> None:
     subject = saved(small_model("mixtral", num_hidden_layers=1), folder.with_name("model"))
     corpus = corpus_of(random_windows("a", count=2, vocabulary=90))
     fill_cache(
-        folder / "cache", "digest", running(subject), subject.anatomy, corpus=corpus, heldout=corpus, losses=Losses(),
+        folder / "cache", "digest", stream_of(subject), corpus=corpus, heldout=corpus, losses=Losses(),
         length=40, progress=SILENT,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,16 +33,25 @@ def test_unknown_layout(command: str, out: Path, profiles: dict[str, Path], monk
     refused(USAGE, *arguments, "--layout", "qwen2-moe", says=("DeepSeek-MoE v1", "not for Mixtral"))
 
 
-def test_recover_arguments(out: Path, top1: dict[str, Path]) -> None:
+def test_recover_arguments(out: Path, top1: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where tensorboard is not installed
     command = ("recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT)
     refused(USAGE, *command, "--objective", "lm", says=("top-1 Mixtral", "use --objective distill"))
     refused(USAGE, *command, "--objective", "hope", says=("--objective", "hope"))
     refused(USAGE, *command, "--adapt", "heads", says=("--adapt heads", "full-routers"))
     refused(USAGE, *command, "--adapt", "routers", "--adapt", "full-routers", says=("exclude each other",))
+    saving = (*command, "--save-adapter", out.with_name("adapter"))
+    refused(USAGE, *saving, "--adapt", "full-routers", says=("--save-adapter", "whole routers are no adapter"))
+    refused(USAGE, *command, "--save-adapter", out, says=("--save-adapter", "overlap"))
+    svd = (*command, "--adapter", "adalora")
+    refused(USAGE, *svd, "--adapt", "experts", says=("for --adapt routers alone", "in a second recover"))
+    refused(USAGE, *svd, "--rank", "8", says=("a router of 8 experts has 8 at most", "lower --rank"))
+    refused(USAGE, *svd, "--steps", "9", says=("--steps 10",))
     refused(USAGE, *command, "--changed", "0.1", says=("--changed", "add --adapt experts"))
     refused(USAGE, *command, "--log", out.with_name("log.txt"), says=("says no format", ".csv"))
     refused(USAGE, *command, "--log", out / "log.csv", says=("there is no folder",))
-    refused(USAGE, *command, "--max-memory", "1MB", says=("needs about", "--max-memory leaves 0", "--recompute"))
+    refused(USAGE, *command, "--tensorboard", out, says=("needs the package tensorboard", "pip install"))
+    refused(USAGE, *command, "--max-memory", "1MB", says=("--max-memory leaves 0", "two layers at a time"))
     mine = out.with_name("mine.csv")
     mine.write_text("mine")
     refused(USAGE, *command, "--log", mine, says=("mine.csv exists", "--overwrite"))
@@ -54,6 +64,17 @@ def test_recover_arguments(out: Path, top1: dict[str, Path]) -> None:
         refused(USAGE, *command, option, "0", says=(option,))
     for option in ("--learning-rate", "--balance", "--temperature", "--seed"):
         refused(USAGE, *command, option, "-1", says=(option,))
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_recover_does_not_divide_weights(
+    name: str, out: Path, top1: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "true")
+    refused(
+        USAGE, "recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT,
+        says=("does not divide the weights", "launch it without", "layer by layer"),
+    )  # fmt: skip
 
 
 def test_recover_that_finds_nothing(out: Path, top1: dict[str, Path]) -> None:
