@@ -23,6 +23,12 @@ def size_here() -> int:
     return _number("LOCAL_WORLD_SIZE", 1) if size() > 1 else 1
 
 
+def divides_weights() -> bool:
+    """Whether ``accelerate launch`` was told to divide the weights among the processes (FSDP, DeepSpeed, Megatron)."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+    return any(os.environ.get(name, "false").lower() == "true" for name in names)
+
+
 def _number(name: str, default: int) -> int:
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else default

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import moesurgeon
+from moesurgeon import launched
 from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.engine.device import place
 from moesurgeon.engine.ranks import join_ranks
@@ -224,6 +225,11 @@ def plan_recovered(student: Stream, recovered: Recovered, spec: RecoverSpec, ori
 
 def _refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Text, writing: Writing) -> None:
     """Raise now, from headers alone, what would be raised after the work."""
+    if launched.divides_weights():
+        raise UsageError(
+            "recover does not divide the weights among processes (FSDP, DeepSpeed); launch it without that: each "
+            "process holds the checkpoint, and reads it layer by layer where it does not fit"
+        )
     check_adapt(spec.adapt, spec.adapter)
     if spec.adapter == "adalora":
         refuse_ranks(subject.anatomy, spec.schedule.rank, spec.schedule.steps)

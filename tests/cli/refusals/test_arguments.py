@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def test_unknown_layout(command: str, out: Path, profiles: dict[str, Path], monk
     refused(USAGE, *arguments, "--layout", "qwen2-moe", says=("DeepSeek-MoE v1", "not for Mixtral"))
 
 
-def test_recover_arguments(out: Path, top1: dict[str, Path]) -> None:
+def test_recover_arguments(out: Path, top1: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where tensorboard is not installed
     command = ("recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT)
     refused(USAGE, *command, "--objective", "lm", says=("top-1 Mixtral", "use --objective distill"))
     refused(USAGE, *command, "--objective", "hope", says=("--objective", "hope"))
@@ -62,6 +64,17 @@ def test_recover_arguments(out: Path, top1: dict[str, Path]) -> None:
         refused(USAGE, *command, option, "0", says=(option,))
     for option in ("--learning-rate", "--balance", "--temperature", "--seed"):
         refused(USAGE, *command, option, "-1", says=(option,))
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_recover_does_not_divide_weights(
+    name: str, out: Path, top1: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "true")
+    refused(
+        USAGE, "recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT,
+        says=("does not divide the weights", "launch it without", "layer by layer"),
+    )  # fmt: skip
 
 
 def test_recover_that_finds_nothing(out: Path, top1: dict[str, Path]) -> None:
