@@ -68,6 +68,16 @@ def command(
     patience: Annotated[
         int | None, typer.Option(min=1, help="End after so many looks without a better state. Default: at the end.")
     ] = None,
+    min_share: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=0.99,
+            metavar="SHARE",
+            help="Keep no state in which an expert has surely fallen below this part of its fair share of held-out "
+            "choices. 0: any.",
+        ),
+    ] = 0.25,
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which rates rise.")] = 0.05,
     clip: Annotated[float, typer.Option(min=1e-6, help="Largest norm of the gradient.")] = 1.0,
     recompute: Annotated[
@@ -122,6 +132,7 @@ def command(
             rank=rank,
             judge_every=judge_every,
             patience=patience,
+            min_share=min_share,
             warmup=warmup,
             clip=clip,
             candidates=candidates,
@@ -182,9 +193,11 @@ def _show(report: Report) -> None:
     for layer, now in report["usage"]["after"].items():
         before = report["usage"]["before"][layer]
         dead = f", {len(now['dead'])} dead" if now["dead"] else ""
+        fallen = f", fallen below the floor: {', '.join(map(str, now['fallen']))}" if now["fallen"] else ""
         print(
             f"  layer {layer}: entropy of use {before['entropy']:.3f} -> {now['entropy']:.3f}, busiest "
-            f"{now['max_over_mean']:.2f} x the mean, {now['overflow']['1.25']:.1%} over a capacity of 1.25{dead}"
+            f"{now['max_over_mean']:.2f} x the mean, least used {now['least']:.2f} x, "
+            f"{now['overflow']['1.25']:.1%} over a capacity of 1.25{dead}{fallen}"
         )
     show_written(report)
 

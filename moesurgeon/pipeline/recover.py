@@ -149,11 +149,7 @@ def recover(
                 student, filled(opened), said, corpus, heldout, training, store=store, log=log, progress=progress
             )
             if recovered.tensors is None and not writing.allow_noop:
-                raise NothingToDo(
-                    f"recovery found nothing better than the start on held-out text (loss "
-                    f"{recovered.closed['loss_before']:.4f}); nothing was written: try more steps, another learning "
-                    "rate or --allow-noop"
-                )
+                raise NothingToDo(_why_nothing(recovered))
             gc.collect()
             plan = plan_recovered(student, recovered, spec, origin)
             written = finish(plan, subject, writing, progress)
@@ -216,6 +212,19 @@ def _refuse_too_large(
             f"recover holds the checkpoint in memory and needs about {needed:,} bytes; {limit} {max(0, free):,}: "
             "lower --tokens-per-step, add --recompute, train fewer parts, or choose a smaller --dtype"
         )
+
+
+def _why_nothing(recovered: Recovered) -> str:
+    start = recovered.closed["loss_before"]
+    nothing = f"recovery found nothing better than the start on held-out text (loss {start:.4f}); nothing was written"
+    barred = [entry for entry in recovered.log if entry["heldout"] < start]
+    if barred:  # only the floor keeps such a state from being the best
+        best = min(entry["heldout"] for entry in barred)
+        return (
+            f"{nothing}: states down to {best:.4f} let experts fall below --min-share of their fair share; raise "
+            "--balance, or let them with --min-share 0"
+        )
+    return f"{nothing}: try more steps, another learning rate or --allow-noop"
 
 
 @contextmanager

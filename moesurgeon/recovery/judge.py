@@ -19,11 +19,13 @@ from moesurgeon.traces.windows import Corpus
 
 @dataclass(frozen=True)
 class Judgement:
-    """``sums``: the loss of each window; ``counts``: whom its routers chose; ``measured`` knows the documents."""
+    """``sums``: the loss of each window; ``counts``: whom its routers chose, ``windows``: the same by window [W, L, E];
+    ``measured`` knows the documents."""
 
     sums: Sums
     counts: Counts
     measured: Measurement
+    windows: Counts
 
     @property
     def loss(self) -> float:
@@ -47,4 +49,4 @@ class Judge:
         stream = Stream(Source.of_model(self._model, self._anatomy))
         with self._learning.watched(monitor.watch):
             measured = measure(stream, self._domains, self._batches, progress=progress, label="judging")
-        return Judgement(measured.sums[:, LOSS], monitor.counts, measured)
+        return Judgement(measured.sums[:, LOSS], monitor.counts, measured, monitor.windows)

@@ -26,8 +26,10 @@ class Schedule:
     experts (None: ``learning_rate``). ``warmup``: share of
     the steps in which rates rise, before they fall with a cosine to a tenth. ``clip``: the largest norm of the
     gradient. ``patience``: judgements without a better state after which it ends (None: never before the last step).
-    ``capacity``: factor beyond which choices are dropped while training (None: nothing is). ``recompute``: layers run
-    again in the backward pass, for memory. The bounds are for recipes; the command line has its own.
+    ``min_share``: a state in which an expert surely has less than this part of an even share of the choices, as it had
+    not before, is not taken for the best (0: it may be; see ``recovery.floor``). ``capacity``: factor beyond which
+    choices are dropped while training (None: nothing is). ``recompute``: layers run again in the backward pass, for
+    memory. The bounds are for recipes; the command line has its own.
     """
 
     steps: Annotated[int, Field(ge=1)] = 200
@@ -37,6 +39,7 @@ class Schedule:
     rank: Annotated[int, Field(ge=1)] = 4
     judge_every: Annotated[int, Field(ge=1)] = 50
     patience: Annotated[int, Field(ge=1)] | None = None
+    min_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     clip: _Factor = 1.0
     candidates: Annotated[int, Field(ge=1)] | None = None

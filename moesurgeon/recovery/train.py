@@ -18,10 +18,11 @@ from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.adapters import Adapted
 from moesurgeon.recovery.closed import Sums, closed
 from moesurgeon.recovery.estimator import learning_routers
+from moesurgeon.recovery.floor import starves, use_of
 from moesurgeon.recovery.judge import Judge, Judgement
 from moesurgeon.recovery.layers import outputs, recomputed
 from moesurgeon.recovery.log import Log
-from moesurgeon.recovery.monitor import Counts, changed_experts, usage_of
+from moesurgeon.recovery.monitor import Counts, changed_experts
 from moesurgeon.recovery.objective import refuse_without_gradient
 from moesurgeon.recovery.result import Recovered, Training
 from moesurgeon.recovery.schedule import endless, pace
@@ -143,16 +144,10 @@ class _Run:
                 if found.steps % schedule.judge_every and found.steps != schedule.steps:
                     continue
                 judged = self._judged(self.parts)
-                found.log.append(
-                    {
-                        "step": found.steps,
-                        **terms.figures,
-                        "heldout": judged.loss,
-                        "usage": usage_of(self.student.anatomy, judged.counts),
-                    }
-                )
+                usage = self._use(judged)
+                found.log.append({"step": found.steps, **terms.figures, "heldout": judged.loss, "usage": usage})
                 worse += 1
-                if judged.loss < best_loss:
+                if judged.loss < best_loss and not (schedule.min_share and starves(usage)):
                     best_loss, best, worse = judged.loss, self.adapted.state(), 0
                 log.write(found.log)
                 if store:
@@ -175,10 +170,7 @@ class _Run:
             best_judged = self._judged(self.parts, found.tensors)
             found.parts = {part: self._closed(self._alone(part, best_judged)) for part in self.parts}
         found.closed = self._closed(best_judged, domains=True)
-        found.usage = {
-            "before": usage_of(self.student.anatomy, self.before.counts),
-            "after": usage_of(self.student.anatomy, best_judged.counts),
-        }
+        found.usage = {"before": self._use(self.before), "after": self._use(best_judged)}
         return found
 
     def _losses(self, model: Any, batch: Batch) -> Terms:
@@ -220,6 +212,9 @@ class _Run:
     def _judged(self, parts: Sequence[Part], tensors: Mapping[str, torch.Tensor] | None = None) -> Judgement:
         with self.adapted.running_with(self._stored(parts) if tensors is None else tensors):
             return self.judge.judged()
+
+    def _use(self, judged: Judgement) -> dict[str, dict[str, Any]]:
+        return use_of(self.student.anatomy, self.before, judged, self.training.schedule.min_share)
 
     def _alone(self, part: Part, everything: Judgement) -> Judgement:
         return everything if len(self.parts) == 1 else self._judged((part,))
