@@ -42,8 +42,8 @@ from moesurgeon.recovery.schedule import Schedule  # noqa: E402
 
 BUILTIN = {"builtin:tiny-mixtral": (1,), "builtin:tiny-deepseek": (2, 1)}
 # What has to be the same where a run goes on.
-FIXED = ("heal_tokens", "heal_steps", "tokens", "budget", "split", "heldout_tokens", "report_tokens", "steps",
-         "tokens_per_step", "learning_rate", "expert_rate", "rank", "control_rate", "corpora")  # fmt: skip
+FIXED = ("heal_tokens", "heal_steps", "tokens", "budget", "split", "heldout_tokens", "report_tokens", "corpora",
+         "steps", "tokens_per_step", "learning_rate", "expert_rate", "rank", "candidates", "control_rate")  # fmt: skip
 
 
 def main() -> None:
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
     parser.add_argument("--expert-rate", type=float, default=default.expert_rate)
     parser.add_argument("--rank", type=int, default=default.rank)
+    parser.add_argument("--candidates", type=int, help="experts per token that a router hears of; default: all")
     parser.add_argument("--control-rate", type=float, default=1e-3, help="learning rate of the control")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="a folder that keeps the checkpoints")

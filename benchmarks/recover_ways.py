@@ -197,7 +197,7 @@ class Operation:
             losses = replace(losses, balance=way.balance)
         schedule = Schedule(
             steps=given.steps, tokens_per_step=given.tokens_per_step, learning_rate=given.learning_rate,
-            expert_rate=given.expert_rate, rank=given.rank, seed=seed,
+            expert_rate=given.expert_rate, rank=given.rank, candidates=given.candidates, seed=seed,
         )  # fmt: skip
         spec = RecoverSpec(
             teacher=self.subject.name, adapt=way.adapt, losses=losses, schedule=schedule,

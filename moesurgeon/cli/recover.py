@@ -40,15 +40,15 @@ def command(
             min=0.0, metavar="SHARE", help="Train only experts whose traffic is not the teacher's by more than this."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps at most.")] = 200,
-    tokens_per_step: Annotated[int, typer.Option(min=8, help="Tokens of one step.")] = 4096,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps at most.")] = 1000,
+    tokens_per_step: Annotated[int, typer.Option(min=8, help="Tokens of one step.")] = 2048,
     learning_rate: Annotated[
         float, typer.Option(min=0.0, help="Peak learning rate; full-routers are trained at a tenth of it.")
-    ] = 3e-3,
+    ] = 1e-3,
     expert_rate: Annotated[
         float | None, typer.Option(min=0.0, help="Of what is trained of experts. Default: the same.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of every adapter (of each expert's).")] = 4,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of every adapter (of each expert's).")] = 32,
     balance: Annotated[float, typer.Option(min=0.0, help="Coefficient of the load-balancing loss.")] = 0.01,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the distillation.")] = 1.0,
     lm: Annotated[float, typer.Option(min=0.0, help="Coefficient of the language-model loss beside distillation.")] = 0,
@@ -64,7 +64,7 @@ def command(
         float | None,
         typer.Option(min=0.01, metavar="FACTOR", help="While training, drop what exceeds an expert's capacity."),
     ] = None,
-    judge_every: Annotated[int, typer.Option(min=1, help="Steps between looks at held-out text.")] = 50,
+    judge_every: Annotated[int, typer.Option(min=1, help="Steps between looks at held-out text.")] = 100,
     patience: Annotated[
         int | None, typer.Option(min=1, help="End after so many looks without a better state. Default: at the end.")
     ] = None,
@@ -85,7 +85,7 @@ def command(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the adapters and of the order of the text.")] = 0,
     split: options.SplitOption = None,
-    max_tokens: options.MaxTokens = 65536,
+    max_tokens: options.MaxTokens = 524288,
     heldout_tokens: Annotated[int, typer.Option(min=64, help="Tokens of the validation split that judge.")] = 16384,
     budget: options.Budget = [],  # noqa: B006 - typer copies it
     sample: options.Sample = None,

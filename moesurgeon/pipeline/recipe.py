@@ -40,7 +40,7 @@ class RecoverStep(BaseModel):
     changed: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     losses: Losses = Losses()
     schedule: Schedule = Schedule()
-    max_tokens: _Tokens | None = 65536
+    max_tokens: _Tokens | None = 524288
     heldout_tokens: _Tokens = 16384
     allow_noop: bool = False
     cache: Path | None = None

@@ -16,23 +16,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesurgeon.profiling.collapse import STARVED
 from moesurgeon.recovery.judge import Judgement
 from moesurgeon.recovery.monitor import usage_of
 from moesurgeon.surgery.anatomy import Anatomy
 
-SHARE = 0.25
-"""Of an even share: what is reported as a fall where no other floor is asked for."""
 _CHANCE = 0.05
 _RESAMPLES, _SEED = 1000, 20251122
 
 
-def use_of(anatomy: Anatomy, before: Judgement, after: Judgement, least: float = SHARE) -> dict[str, dict[str, Any]]:
+def use_of(anatomy: Anatomy, before: Judgement, after: Judgement, least: float = STARVED) -> dict[str, dict[str, Any]]:
     """Return the figures of :func:`monitor.usage_of` by layer, and who fell since ``before``.
 
     ``fallen``: the experts below ``least`` of an even share that were not; ``starved``: those that surely are.
     """
     found = usage_of(anatomy, after.counts)
-    floor = least or SHARE
+    floor = least or STARVED  # what is told where every state may be kept
     for row, figures in enumerate(found.values()):
         then, now = (_shares(each.counts[:, row].sum(axis=0)) for each in (before, after))
         fallen = np.flatnonzero((now < floor) & (then >= floor))

@@ -32,12 +32,12 @@ class Schedule:
     memory. The bounds are for recipes; the command line has its own.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 200
-    tokens_per_step: Annotated[int, Field(ge=8)] = 4096
-    learning_rate: _Rate = 3e-3
+    steps: Annotated[int, Field(ge=1)] = 1000
+    tokens_per_step: Annotated[int, Field(ge=8)] = 2048
+    learning_rate: _Rate = 1e-3
     expert_rate: _Rate | None = None
-    rank: Annotated[int, Field(ge=1)] = 4
-    judge_every: Annotated[int, Field(ge=1)] = 50
+    rank: Annotated[int, Field(ge=1)] = 32
+    judge_every: Annotated[int, Field(ge=1)] = 100
     patience: Annotated[int, Field(ge=1)] | None = None
     min_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
