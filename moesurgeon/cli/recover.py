@@ -33,7 +33,7 @@ def command(
             help="What is trained: routers or experts (low-rank adapters on the routers, on the experts' down "
             "projections), full-routers (their weights), experts-all (adapters on all matrices). Repeat for more.",
         ),
-    ] = ["routers"],  # noqa: B006 - typer copies it
+    ] = ["experts-all"],  # noqa: B006 - typer copies it
     changed: Annotated[
         float | None,
         typer.Option(

@@ -36,7 +36,7 @@ class RecoverStep(BaseModel):
 
     model_config = _STRICT
 
-    adapt: Annotated[tuple[Adapt, ...], Field(min_length=1)] = ("routers",)
+    adapt: Annotated[tuple[Adapt, ...], Field(min_length=1)] = ("experts-all",)
     changed: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     losses: Losses = Losses()
     schedule: Schedule = Schedule()

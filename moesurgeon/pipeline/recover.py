@@ -57,7 +57,7 @@ class RecoverSpec:
     """
 
     teacher: str
-    adapt: tuple[Adapt, ...] = ("routers",)
+    adapt: tuple[Adapt, ...] = ("experts-all",)
     losses: Losses = field(default_factory=Losses)
     schedule: Schedule = field(default_factory=Schedule)
     heldout_tokens: int = 16384

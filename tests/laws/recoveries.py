@@ -29,6 +29,7 @@ SHORT = Schedule(steps=2, tokens_per_step=64, judge_every=2)
 def recovered_to(source: str, teacher: str, output: Path, **changes: Any) -> dict[str, Any]:
     schedule = changes.pop("schedule", SHORT)
     own = {name: changes.pop(name) for name in ("losses", "adapt", "changed", "cache", "log") if name in changes}
+    own.setdefault("adapt", ("routers",))
     spec = RecoverSpec(teacher=teacher, schedule=schedule, **own)
     return recover(source, spec, Text(length=LENGTH), Running(device="cpu"), replace(Writing(output=output), **changes))
 

@@ -34,11 +34,11 @@ def test_unknown_layout(command: str, out: Path, profiles: dict[str, Path], monk
 
 def test_recover_arguments(out: Path, top1: dict[str, Path]) -> None:
     command = ("recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT)
-    refused(USAGE, *command, "--objective", "lm", says=("top-1 Mixtral", "use --objective distill"))
+    refused(USAGE, *command, "--adapt", "routers", "--objective", "lm", says=("top-1 Mixtral", "use --objective distill"))
     refused(USAGE, *command, "--objective", "hope", says=("--objective", "hope"))
     refused(USAGE, *command, "--adapt", "heads", says=("--adapt heads", "full-routers"))
     refused(USAGE, *command, "--adapt", "routers", "--adapt", "full-routers", says=("exclude each other",))
-    refused(USAGE, *command, "--changed", "0.1", says=("--changed", "add --adapt experts"))
+    refused(USAGE, *command, "--adapt", "routers", "--changed", "0.1", says=("--changed", "add --adapt experts"))
     refused(USAGE, *command, "--log", out.with_name("log.txt"), says=("says no format", ".csv"))
     refused(USAGE, *command, "--log", out / "log.csv", says=("there is no folder",))
     refused(USAGE, *command, "--tensorboard", out, says=("needs the package tensorboard", "pip install"))
