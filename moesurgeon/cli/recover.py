@@ -33,7 +33,7 @@ def command(
             help="What is trained: routers or experts (low-rank adapters on the routers, on the experts' down "
             "projections), full-routers (their weights), experts-all (adapters on all matrices). Repeat for more.",
         ),
-    ] = ["routers"],  # noqa: B006 - typer copies it
+    ] = ["experts-all"],  # noqa: B006 - typer copies it
     adapter: Annotated[
         Literal["lora", "adalora"],
         typer.Option(
@@ -46,17 +46,17 @@ def command(
             min=0.0, metavar="SHARE", help="Train only experts whose traffic is not the teacher's by more than this."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps at most.")] = 200,
-    tokens_per_step: Annotated[int, typer.Option(min=8, help="Tokens of one step.")] = 4096,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps at most.")] = 1000,
+    tokens_per_step: Annotated[int, typer.Option(min=8, help="Tokens of one step.")] = 2048,
     learning_rate: Annotated[
         float, typer.Option(min=0.0, help="Peak learning rate; full-routers are trained at a tenth of it.")
-    ] = 3e-3,
+    ] = 1e-3,
     expert_rate: Annotated[
         float | None, typer.Option(min=0.0, help="Of what is trained of experts. Default: the same.")
     ] = None,
     rank: Annotated[
         int, typer.Option(min=1, help="Rank of every adapter (of each expert's); of adalora on average.")
-    ] = 4,
+    ] = 32,
     balance: Annotated[float, typer.Option(min=0.0, help="Coefficient of the load-balancing loss.")] = 0.01,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the distillation.")] = 1.0,
     lm: Annotated[float, typer.Option(min=0.0, help="Coefficient of the language-model loss beside distillation.")] = 0,
@@ -72,10 +72,20 @@ def command(
         float | None,
         typer.Option(min=0.01, metavar="FACTOR", help="While training, drop what exceeds an expert's capacity."),
     ] = None,
-    judge_every: Annotated[int, typer.Option(min=1, help="Steps between looks at held-out text.")] = 50,
+    judge_every: Annotated[int, typer.Option(min=1, help="Steps between looks at held-out text.")] = 100,
     patience: Annotated[
         int | None, typer.Option(min=1, help="End after so many looks without a better state. Default: at the end.")
     ] = None,
+    min_share: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=0.99,
+            metavar="SHARE",
+            help="Keep no state in which an expert has surely fallen below this part of its fair share of held-out "
+            "choices. 0: any.",
+        ),
+    ] = 0.25,
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which rates rise.")] = 0.05,
     clip: Annotated[float, typer.Option(min=1e-6, help="Largest norm of the gradient.")] = 1.0,
     recompute: Annotated[
@@ -83,7 +93,7 @@ def command(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the adapters and of the order of the text.")] = 0,
     split: options.SplitOption = None,
-    max_tokens: options.MaxTokens = 65536,
+    max_tokens: options.MaxTokens = 524288,
     heldout_tokens: Annotated[int, typer.Option(min=64, help="Tokens of the validation split that judge.")] = 16384,
     budget: options.Budget = [],  # noqa: B006 - typer copies it
     sample: options.Sample = None,
@@ -138,6 +148,7 @@ def command(
             rank=rank,
             judge_every=judge_every,
             patience=patience,
+            min_share=min_share,
             warmup=warmup,
             clip=clip,
             candidates=candidates,
@@ -206,9 +217,11 @@ def _show(report: Report) -> None:
     for layer, now in report["usage"]["after"].items():
         before = report["usage"]["before"][layer]
         dead = f", {len(now['dead'])} dead" if now["dead"] else ""
+        fallen = f", fallen below the floor: {', '.join(map(str, now['fallen']))}" if now["fallen"] else ""
         print(
             f"  layer {layer}: entropy of use {before['entropy']:.3f} -> {now['entropy']:.3f}, busiest "
-            f"{now['max_over_mean']:.2f} x the mean, {now['overflow']['1.25']:.1%} over a capacity of 1.25{dead}"
+            f"{now['max_over_mean']:.2f} x the mean, least used {now['least']:.2f} x, "
+            f"{now['overflow']['1.25']:.1%} over a capacity of 1.25{dead}{fallen}"
         )
     show_written(report)
     if report["saved_adapter"]:

@@ -36,12 +36,12 @@ class RecoverStep(BaseModel):
 
     model_config = _STRICT
 
-    adapt: Annotated[tuple[Adapt, ...], Field(min_length=1)] = ("routers",)
+    adapt: Annotated[tuple[Adapt, ...], Field(min_length=1)] = ("experts-all",)
     adapter: Kind = "lora"
     changed: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     losses: Losses = Losses()
     schedule: Schedule = Schedule()
-    max_tokens: _Tokens | None = 65536
+    max_tokens: _Tokens | None = 524288
     heldout_tokens: _Tokens = 16384
     allow_noop: bool = False
     cache: Path | None = None

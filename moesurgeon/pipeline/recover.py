@@ -66,7 +66,7 @@ class RecoverSpec:
     """
 
     teacher: str
-    adapt: tuple[Adapt, ...] = ("routers",)
+    adapt: tuple[Adapt, ...] = ("experts-all",)
     adapter: Kind = "lora"
     losses: Losses = field(default_factory=Losses)
     schedule: Schedule = field(default_factory=Schedule)
@@ -173,11 +173,7 @@ def recover(
             ranks=ranks, store=store, log=log, progress=progress,
         )  # fmt: skip
         if recovered.tensors is None and not writing.allow_noop:
-            raise NothingToDo(
-                f"recovery found nothing better than the start on held-out text (loss "
-                f"{recovered.closed['loss_before']:.4f}); nothing was written: try more steps, another learning "
-                "rate or --allow-noop"
-            )
+            raise NothingToDo(_why_nothing(recovered))
         gc.collect()
         written: dict[str, Any] = {}
         if ranks.is_first:
@@ -250,6 +246,19 @@ def _refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Te
             f"--split {text.split} would train on the text that judges the result; use train or calibration"
         )
     refuse_other_model(subject, teacher, spec.losses)
+
+
+def _why_nothing(recovered: Recovered) -> str:
+    start = recovered.closed["loss_before"]
+    nothing = f"recovery found nothing better than the start on held-out text (loss {start:.4f}); nothing was written"
+    barred = [entry for entry in recovered.log if entry["heldout"] < start]
+    if barred:  # only the floor keeps such a state from being the best
+        best = min(entry["heldout"] for entry in barred)
+        return (
+            f"{nothing}: states down to {best:.4f} let experts fall below --min-share of their fair share; raise "
+            "--balance, or let them with --min-share 0"
+        )
+    return f"{nothing}: try more steps, another learning rate or --allow-noop"
 
 
 @contextmanager

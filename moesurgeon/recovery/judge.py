@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from moesurgeon.traces.windows import Corpus
 
 @dataclass(frozen=True)
 class Judgement:
-    """``sums``: the loss of each window; ``counts``: whom its routers chose; ``measured`` knows the documents."""
+    """``sums``: the loss of each window; ``counts``: whom its routers chose, ``windows``: the same by window [W, L, E];
+    ``measured`` knows the documents."""
 
     sums: Sums
     counts: Counts
     measured: Measurement
+    windows: Counts
 
     @property
     def loss(self) -> float:
@@ -61,8 +64,8 @@ class Judge:
 
     def judged(self, progress: Progress = SILENT) -> Judgement:
         """Return losses and use of the model; it needs nothing but a forward pass."""
-        count = len(self.batches)
-        monitor = Monitor(self._stream.anatomy, [self.batches[number] for number in self._ranks.mine(count)])
+        mine = self._ranks.mine(len(self.batches))
+        monitor = Monitor(self._stream.anatomy, [self.batches[number] for number in mine])
         with self._learning.watched(monitor.watch):
             measured = measure(
                 self._stream,
@@ -73,5 +76,19 @@ class Judge:
                 progress=progress,
                 label="judging",
             )
-        counts = self._ranks.gathered(monitor.counts.astype(np.float64), count).astype(np.int64)
-        return Judgement(measured.sums[:, LOSS], counts, measured)
+        windows = self._of_all(monitor.windows, mine)
+        starts = np.cumsum([0, *(len(batch.windows) for batch in self.batches[:-1])])
+        return Judgement(measured.sums[:, LOSS], np.add.reduceat(windows, starts, axis=0), measured, windows)
+
+    def _of_all(self, windows: Counts, mine: Sequence[int]) -> Counts:
+        """Return the counts by window of all ranks, in the order of the batches, from those of this one."""
+        if self._ranks.size == 1:
+            return windows
+        sizes = [len(batch.windows) for batch in self.batches]
+        padded = np.zeros((len(mine), max(sizes), *windows.shape[1:]))
+        start = 0
+        for place, number in enumerate(mine):
+            padded[place, : sizes[number]] = windows[start : start + sizes[number]]
+            start += sizes[number]
+        found = self._ranks.gathered(padded, len(sizes))
+        return np.concatenate([each[:size] for each, size in zip(found, sizes, strict=True)]).astype(np.int64)

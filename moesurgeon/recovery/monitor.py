@@ -21,21 +21,32 @@ Counts = NDArray[np.int64]
 
 
 class Monitor:
-    """Counts the choices of text in one walk of ``batches``; its :meth:`watch` is told of every router's pass."""
+    """Counts the choices of text in one walk of ``batches``; its :meth:`watch` is told of every router's pass.
+
+    ``windows``: by window, in the order of the batches, what :attr:`counts` has by batch [W, L, E].
+    """
 
     def __init__(self, anatomy: Anatomy, batches: Sequence[Batch]) -> None:
-        self._masks = [batch.is_text.flatten() for batch in batches]
+        self._masks = [batch.is_text for batch in batches]
+        self._starts = np.cumsum([0, *(len(mask) for mask in self._masks)])
         self._rows = {layer: row for row, layer in enumerate(anatomy.moe_layers)}
         self._next = dict.fromkeys(anatomy.moe_layers, 0)  # a walk takes the batches through a layer in order
-        self.counts: Counts = np.zeros((len(batches), len(self._rows), anatomy.experts), dtype=np.int64)
+        self.windows: Counts = np.zeros((self._starts[-1], len(self._rows), anatomy.experts), dtype=np.int64)
+
+    @property
+    def counts(self) -> Counts:
+        return np.add.reduceat(self.windows, self._starts[:-1], axis=0)
 
     def watch(self, layer: int, chosen_TK: torch.Tensor) -> None:
         number = self._next[layer]
         mask = self._masks[number]
-        assert len(mask) == len(chosen_TK), "the walk left the order of its batches"
+        assert mask.numel() == len(chosen_TK), "the walk left the order of its batches"
         self._next[layer] = number + 1
-        counts = chosen_TK[mask].flatten().bincount(minlength=self.counts.shape[-1])
-        self.counts[number, self._rows[layer]] = counts.cpu().numpy()
+        experts = self.windows.shape[-1]
+        window_T = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.shape[1])
+        places = (window_T[:, None] * experts + chosen_TK)[mask.flatten()]
+        counts = places.flatten().bincount(minlength=len(mask) * experts).view(len(mask), experts)
+        self.windows[self._starts[number] : self._starts[number + 1], self._rows[layer]] = counts.cpu().numpy()
 
 
 def usage_of(anatomy: Anatomy, counts: Counts) -> dict[str, dict[str, Any]]:

@@ -26,17 +26,20 @@ class Schedule:
     experts (None: ``learning_rate``). ``warmup``: share of
     the steps in which rates rise, before they fall with a cosine to a tenth. ``clip``: the largest norm of the
     gradient. ``patience``: judgements without a better state after which it ends (None: never before the last step).
-    ``capacity``: factor beyond which choices are dropped while training (None: nothing is). ``recompute``: layers run
-    again in the backward pass, for memory. The bounds are for recipes; the command line has its own.
+    ``min_share``: a state in which an expert surely has less than this part of an even share of the choices, as it had
+    not before, is not taken for the best (0: it may be; see ``recovery.floor``). ``capacity``: factor beyond which
+    choices are dropped while training (None: nothing is). ``recompute``: layers run again in the backward pass, for
+    memory. The bounds are for recipes; the command line has its own.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 200
-    tokens_per_step: Annotated[int, Field(ge=8)] = 4096
-    learning_rate: _Rate = 3e-3
+    steps: Annotated[int, Field(ge=1)] = 1000
+    tokens_per_step: Annotated[int, Field(ge=8)] = 2048
+    learning_rate: _Rate = 1e-3
     expert_rate: _Rate | None = None
-    rank: Annotated[int, Field(ge=1)] = 4
-    judge_every: Annotated[int, Field(ge=1)] = 50
+    rank: Annotated[int, Field(ge=1)] = 32
+    judge_every: Annotated[int, Field(ge=1)] = 100
     patience: Annotated[int, Field(ge=1)] | None = None
+    min_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     clip: _Factor = 1.0
     candidates: Annotated[int, Field(ge=1)] | None = None

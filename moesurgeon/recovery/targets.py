@@ -95,7 +95,7 @@ def targets_of(model: nn.Module, anatomy: Anatomy, adapt: Sequence[Adapt]) -> li
                 if not isinstance(held, nn.Parameter) or held.dim() != 3 or len(held) != anatomy.experts:
                     raise CheckpointError(
                         f"the experts of {anatomy.family.title} are not held as one {parameter}, so they cannot be "
-                        "adapted; train the routers alone"
+                        "adapted; train the routers alone with --adapt routers"
                     )
                 name = f"{block.name}.{anatomy.family.experts_module}.{parameter}"
                 found.append(Target(name, block.layer, "experts", block.experts, parameter, True))

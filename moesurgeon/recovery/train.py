@@ -14,10 +14,11 @@ from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.closed import Sums, closed
+from moesurgeon.recovery.floor import starves, use_of
 from moesurgeon.recovery.folder import adapter_of
 from moesurgeon.recovery.judge import Judgement
 from moesurgeon.recovery.log import Log
-from moesurgeon.recovery.monitor import Counts, changed_experts, usage_of
+from moesurgeon.recovery.monitor import Counts, changed_experts
 from moesurgeon.recovery.objective import refuse_without_gradient
 from moesurgeon.recovery.resident import Resident
 from moesurgeon.recovery.result import Recovered, Training
@@ -123,16 +124,10 @@ class _Run:
                 if found.steps % schedule.judge_every and found.steps != schedule.steps:
                     continue
                 judged = self.steps.judged(self.parts)
-                found.log.append(
-                    {
-                        "step": found.steps,
-                        **given.figures,
-                        "heldout": judged.loss,
-                        "usage": usage_of(self.anatomy, judged.counts),
-                    }
-                )
+                usage = self._use(judged)
+                found.log.append({"step": found.steps, **given.figures, "heldout": judged.loss, "usage": usage})
                 worse += 1
-                if judged.loss < best_loss:
+                if judged.loss < best_loss and not (schedule.min_share and starves(usage)):
                     best_loss, best, worse = judged.loss, self.adapted.state(), 0
                 log.write(found.log)
                 if store:
@@ -163,10 +158,7 @@ class _Run:
             found.parts = {part: self._closed(self._alone(part, judged)) for part in self.parts}
         found.ranks = ranks and {"last": ranks, "written": self.adapted.ranks() if best is not None else None}
         found.closed = self._closed(judged, domains=True)
-        found.usage = {
-            "before": usage_of(self.anatomy, self.before.counts),
-            "after": usage_of(self.anatomy, judged.counts),
-        }
+        found.usage = {"before": self._use(self.before), "after": self._use(judged)}
 
     def _groups(self) -> list[dict[str, Any]]:
         schedule, rate = self.training.schedule, self.training.schedule.learning_rate
@@ -174,6 +166,9 @@ class _Run:
         own = rate if schedule.expert_rate is None else schedule.expert_rate
         rates = {"routers": rate * whole, "experts": own}
         return [{"params": self.adapted.weights(part), "lr": rates[part]} for part in self.parts]
+
+    def _use(self, judged: Judgement) -> dict[str, dict[str, Any]]:
+        return use_of(self.anatomy, self.before, judged, self.training.schedule.min_share)
 
     def _alone(self, part: Part, everything: Judgement) -> Judgement:
         return everything if len(self.parts) == 1 else self.steps.judged((part,))

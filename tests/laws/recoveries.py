@@ -30,6 +30,7 @@ def recovered_to(source: str, teacher: str, output: Path, **changes: Any) -> dic
     schedule = changes.pop("schedule", SHORT)
     names = ("losses", "adapt", "adapter", "changed", "cache", "log", "save_adapter", "streamed")
     own = {name: changes.pop(name) for name in names if name in changes}
+    own.setdefault("adapt", ("routers",))
     spec = RecoverSpec(teacher=teacher, schedule=schedule, **own)
     return recover(source, spec, Text(length=LENGTH), Running(device="cpu"), replace(Writing(output=output), **changes))
 

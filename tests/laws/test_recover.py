@@ -210,3 +210,17 @@ def test_nothing_better_writes_nothing(case: Case, out: Path, monkeypatch: pytes
     # The start is judged like every other state: standing still is worth exactly nothing.
     assert [entry["heldout"] for entry in report["log"]] == [report["loss_before"]] * 2
     assert bytes_of(open_subject(str(out))) == bytes_of(case.student)
+
+
+@pytest.mark.parametrize("min_share", [0.25, 0.0])
+def test_a_state_that_starves_an_expert_is_the_best_only_if_it_may(
+    min_share: float, case: Case, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "starves", lambda usage: True)
+    with texts(monkeypatch, case.training, case.heldout):
+        if min_share:
+            with pytest.raises(NothingToDo, match="let experts fall below --min-share"):
+                _run(case, out, schedule={"min_share": min_share})
+            assert not out.exists()
+        else:
+            assert _run(case, out, schedule={"min_share": min_share})["gap_closed"] > 0

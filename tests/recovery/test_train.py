@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
 import torch
 
+from moesurgeon.cli.recover import command
 from moesurgeon.errors import UsageError
-from moesurgeon.recovery.schedule import endless, pace
+from moesurgeon.pipeline.recipe import RecoverStep
+from moesurgeon.pipeline.recover import RecoverSpec
+from moesurgeon.recovery.objective import Losses
+from moesurgeon.recovery.schedule import Schedule, endless, pace
 from moesurgeon.recovery.train import NOISE, refuse_noise
 from tests.engine.small import corpus_of, random_windows
 
@@ -72,3 +77,18 @@ def test_the_order_goes_on_where_it_was() -> None:
 def test_the_warm_up_is_as_long_as_asked() -> None:
     assert [pace(step, 10, 0.4) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert pace(0, 10, 0.0) == 1.0
+
+
+def test_command_line_recipes_and_library_have_the_same_defaults() -> None:
+    told = {name: given.default for name, given in inspect.signature(command).parameters.items()}
+    schedule, losses, step, spec = Schedule(), Losses(), RecoverStep(), RecoverSpec(teacher="teacher")
+    assert {name: told[name] for name in Schedule.__dataclass_fields__} == {
+        name: getattr(schedule, name) for name in Schedule.__dataclass_fields__
+    }
+    renamed = {"router": "router_distill", "z": "z_loss"}
+    assert {name: told[renamed.get(name, name)] for name in Losses.__dataclass_fields__} == {
+        name: getattr(losses, name) for name in Losses.__dataclass_fields__
+    }
+    assert tuple(told["adapt"]) == step.adapt == spec.adapt
+    assert told["max_tokens"] == step.max_tokens
+    assert told["heldout_tokens"] == step.heldout_tokens == spec.heldout_tokens

@@ -36,18 +36,20 @@ def test_unknown_layout(command: str, out: Path, profiles: dict[str, Path], monk
 def test_recover_arguments(out: Path, top1: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where tensorboard is not installed
     command = ("recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT)
-    refused(USAGE, *command, "--objective", "lm", says=("top-1 Mixtral", "use --objective distill"))
+    refused(
+        USAGE, *command, "--adapt", "routers", "--objective", "lm", says=("top-1 Mixtral", "use --objective distill")
+    )
     refused(USAGE, *command, "--objective", "hope", says=("--objective", "hope"))
     refused(USAGE, *command, "--adapt", "heads", says=("--adapt heads", "full-routers"))
     refused(USAGE, *command, "--adapt", "routers", "--adapt", "full-routers", says=("exclude each other",))
     saving = (*command, "--save-adapter", out.with_name("adapter"))
     refused(USAGE, *saving, "--adapt", "full-routers", says=("--save-adapter", "whole routers are no adapter"))
     refused(USAGE, *command, "--save-adapter", out, says=("--save-adapter", "overlap"))
-    svd = (*command, "--adapter", "adalora")
+    svd = (*routers, "--rank", "4", "--adapter", "adalora")
     refused(USAGE, *svd, "--adapt", "experts", says=("for --adapt routers alone", "in a second recover"))
     refused(USAGE, *svd, "--rank", "8", says=("a router of 8 experts has 8 at most", "lower --rank"))
     refused(USAGE, *svd, "--steps", "9", says=("--steps 10",))
-    refused(USAGE, *command, "--changed", "0.1", says=("--changed", "add --adapt experts"))
+    refused(USAGE, *routers, "--changed", "0.1", says=("--changed", "add --adapt experts"))
     refused(USAGE, *command, "--log", out.with_name("log.txt"), says=("says no format", ".csv"))
     refused(USAGE, *command, "--log", out / "log.csv", says=("there is no folder",))
     refused(USAGE, *command, "--tensorboard", out, says=("needs the package tensorboard", "pip install"))

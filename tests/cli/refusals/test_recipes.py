@@ -63,7 +63,7 @@ def test_malformed_recipe(text: str, says: tuple[str, ...], out: Path, tmp_path:
         ("steps: [{profile: {}}, {prune: {keep: 6, ratio: 0.5}}]", ("one of them",)),
         ("steps: [{profile: {}}, {prune: {keep: 6, virtual: true}}]", ("needs a bias", "leave --virtual out")),
         ("steps: [{profile: {}}, {prune: {keep: 6}}, {profile: {}}, {prune: {keep: 7}}]", ("cannot keep 7", "has 6")),
-        ("steps: [{retop: {}}, {recover: {losses: {objective: lm}}}]", ("top-1 Mixtral", "distill")),
+        ("steps: [{retop: {}}, {recover: {adapt: [routers], losses: {objective: lm}}}]", ("top-1 Mixtral", "distill")),
         ("steps: [{retop: {}}, {recover: {adapt: [routers, full-routers]}}]", ("exclude each other",)),
         ("steps: [{retop: {}}, {recover: {save_adapter: a, adapt: [full-routers]}}]", ("are no adapter",)),
         ("steps: [{retop: {}}, {recover: {adapter: adalora, adapt: [experts]}}]", ("--adapt routers alone",)),
