@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from moesurgeon.cli import options
+from moesurgeon.cli.healed import heal_spec, show_healing
 from moesurgeon.cli.output import Report, answer
 from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.cli.texts import text_of
 from moesurgeon.cli.written import show_written
+from moesurgeon.errors import UsageError
 from moesurgeon.progress import Progress
 
 NAME = "recover"
@@ -46,7 +48,15 @@ def command(
             min=0.0, metavar="SHARE", help="Train only experts whose traffic is not the teacher's by more than this."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps at most.")] = 1000,
+    heal_method: Annotated[
+        Literal["none", "scale", "ridge", "distill"],
+        typer.Option(help="First repair every layer towards the teacher's, as `prune --heal` does, on the same text."),
+    ] = "none",
+    heal_tokens: options.HealTokens = 98304,
+    heal_heldout: options.HealHeldout = 16384,
+    heal_steps: options.HealSteps = 600,
+    heal_rank: options.HealRank = None,
+    steps: Annotated[int, typer.Option(min=0, help="Optimiser steps at most; 0: heal the layers alone.")] = 1000,
     tokens_per_step: Annotated[int, typer.Option(min=8, help="Tokens of one step.")] = 2048,
     learning_rate: Annotated[
         float, typer.Option(min=0.0, help="Peak learning rate; full-routers are trained at a tenth of it.")
@@ -132,11 +142,12 @@ def command(
     allow_noop: options.AllowNoop = False,
     json: options.Json = False,
 ) -> None:
-    """Train routers, and experts if asked, of an edited checkpoint towards what it was, end to end."""
+    """Train experts and routers of an edited checkpoint towards what it was, end to end; layers first if asked."""
 
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.options import Running, Writing
         from moesurgeon.pipeline.recover import RecoverSpec, recover
+        from moesurgeon.pipeline.recover_layers import recover_layers
         from moesurgeon.recovery.objective import Losses
         from moesurgeon.recovery.schedule import Schedule
 
@@ -189,13 +200,27 @@ def command(
             allow_noop=allow_noop,
         )
         running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
-        return recover(source, spec, text, running, writing, progress)
+        heal = heal_spec(
+            list(traces), heal_method, tokens=heal_tokens, heldout=heal_heldout, steps=heal_steps, router=False,
+            rank=heal_rank, teacher=teacher,
+        )  # fmt: skip
+        if heal is None or heal.method == "none":
+            if not steps:
+                raise UsageError("--steps 0 trains nothing: give more of them, or --heal-method")
+            return recover(source, spec, text, running, writing, progress)
+        return recover_layers(source, spec, heal, text, running, writing, progress=progress)
 
     answer(json, work, _show)
 
 
 def _show(report: Report) -> None:
+    show_healing(report)
+    if "steps" not in report and not report["dry_run"]:  # the layers alone
+        show_written(report)
+        return
     if report["dry_run"]:
+        if "tokens" not in report:
+            return
         print(f"would train on {report['tokens']:,} and judge on {report['heldout_tokens']:,} held-out tokens")
         return
     print(

@@ -97,7 +97,7 @@ def recover(
     """
     subject, teacher = open_subject(source), open_subject(spec.teacher)
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
-    _refuse_spec(subject, teacher, spec, text, writing)
+    refuse_spec(subject, teacher, spec, text, writing)
     refuse_adapter(spec.save_adapter, spec.adapt, writing, (subject.root, teacher.root))
     placement = place(running.device, running.dtype, subject.stored_dtype)
     is_itself = shares_weights(subject, teacher)
@@ -137,7 +137,7 @@ def recover(
     texts = [tokens_digest(corpus), tokens_digest(heldout)]
     facts = [asdict(training), streamed, teacher.fingerprint, str(placement), *texts, ranks.size]
     kept = writing.output.absolute().with_name(f".{writing.output.name}.recover")
-    store = Store(kept, _digest(subject, facts), ranks)
+    store = Store(kept, digest_of(subject, facts), ranks)
     own_folder = store.folder if ranks.is_first else store.folder / str(ranks.number)  # each has files of its own
     _refuse_existing(spec.log, store, writing)
     origin = {"teacher": teacher.fingerprint, "traces": corpus.hashes, "heldout_traces": heldout.hashes}
@@ -219,7 +219,7 @@ def plan_recovered(student: Stream, recovered: Recovered, spec: RecoverSpec, ori
     return plan_healed(student, record)
 
 
-def _refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Text, writing: Writing) -> None:
+def refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Text, writing: Writing) -> None:
     """Raise now, from headers alone, what would be raised after the work."""
     if launched.divides_weights():
         raise UsageError(
@@ -277,7 +277,7 @@ def _refuse_existing(log: Path | None, store: Store, writing: Writing) -> None:
         raise UsageError(f"{log} exists; name another --log or add --overwrite")
 
 
-def _digest(subject: Subject, facts: list[Any]) -> str:
+def digest_of(subject: Subject, facts: list[Any]) -> str:
     """Return a hash of the checkpoint as it was opened and of everything else that the result depends on."""
     states = {shard: header.state for shard, header in subject.checkpoint.headers.items()}
     said = json.dumps([moesurgeon.__version__, subject.fingerprint, states, facts], sort_keys=True, default=list)

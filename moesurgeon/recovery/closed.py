@@ -18,7 +18,7 @@ def closed(like: Measurement, before: Sums, after: Sums, teacher: Sums) -> dict[
     """Return ``gap_closed`` = (before - after) / (before - teacher) with its ``interval``, of all text and by domain.
 
     The interval is the 95 % bootstrap interval over documents, paired: of each resample the sum of the gains by the
-    sum of the gaps. None where there is no gap to close, or where its own interval reaches down to none.
+    sum of the gaps. None of one document, where there is no gap to close, and where its own reaches down to none.
     """
     everything = np.ones(len(like.domain), dtype=bool)
     report = _closed(like, everything, before, after, teacher)
@@ -38,7 +38,7 @@ def _closed(like: Measurement, chosen: NDArray[np.bool_], before: Sums, after: S
         for values in (before - after, before - teacher, like.positions)
     )
     total = float(gaps.sum())
-    is_sure = total > 0 and bootstrap(gaps, counts)[0] > 0
+    is_sure = total > 0 and len(counts) > 1 and bootstrap(gaps, counts)[0] > 0
     return {
         "loss_before": float(before[chosen].sum() / counts.sum()),
         "loss_after": float(after[chosen].sum() / counts.sum()),
