@@ -49,7 +49,7 @@ def recover_layers(
         traces=text.traces,
         teacher=spec.teacher,
         length=text.length,
-        split=text_split,  # type: ignore[arg-type]  # narrowed above
+        split=text_split,
         sample=text.sample,
     )
     subject, teacher = open_subject(source), open_subject(spec.teacher)
