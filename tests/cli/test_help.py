@@ -18,7 +18,7 @@ from tests.conftest import BUILTIN
 
 COMMANDS = (
     "inspect", "retop", "profile", "profile show", "profile merge", "profile diff", "profile import", "prune",
-    "recover", "evaluate", "harness", "verify", "run",
+    "recover", "evaluate", "harness", "sample", "verify", "run",
 )  # fmt: skip
 HEAVY = ("torch", "lm_eval", "transformers", "peft", "accelerate", "datasets", "pyarrow", "huggingface_hub", "rich")
 

@@ -166,7 +166,20 @@ def test_recover_of_routers_and_experts(name: str, out: Path, top1: dict[str, Pa
 @both
 def test_recover_with_ranks_that_are_dealt_out(name: str, out: Path, top1: dict[str, Path]) -> None:
     few = (*TEXT, "--steps", "10", "--tokens-per-step", "64", "--heldout-tokens", "128", "--allow-noop")
-    command = ("recover", top1[name], out, "--teacher", name, *few, "--adapter", "adalora", "--rank", "2")
+    command = (
+        "recover",
+        top1[name],
+        out,
+        "--teacher",
+        name,
+        *few,
+        "--adapt",
+        "routers",
+        "--adapter",
+        "adalora",
+        "--rank",
+        "2",
+    )
     report = succeeded(*command, "--json").json
     assert report["adapter"] == "adalora" and set(report["ranks"]) == {"last", "written"}
     assert set(report["ranks"]["last"]) == set(report["usage"]["after"])

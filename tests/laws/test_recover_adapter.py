@@ -22,7 +22,7 @@ from tests.engine.small import saved, small_model
 from tests.laws.recoveries import CASES, Case, case_of, random_corpora, recovered_to, texts
 
 # The gradient alone moves nothing far: what is compared must differ by more than rounding.
-QUICK = Schedule(steps=10, tokens_per_step=64, judge_every=10, learning_rate=5e-2)
+QUICK = Schedule(rank=4, min_share=0.0, steps=10, tokens_per_step=64, judge_every=10, learning_rate=5e-2)
 TOKENS = torch.arange(64).reshape(2, 32)
 KINDS: dict[str, dict[str, Any]] = {
     "routers": {"adapt": ("routers",)},
