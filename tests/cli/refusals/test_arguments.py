@@ -34,7 +34,9 @@ def test_unknown_layout(command: str, out: Path, profiles: dict[str, Path], monk
 
 def test_recover_arguments(out: Path, top1: dict[str, Path]) -> None:
     command = ("recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT)
-    refused(USAGE, *command, "--adapt", "routers", "--objective", "lm", says=("top-1 Mixtral", "use --objective distill"))
+    refused(
+        USAGE, *command, "--adapt", "routers", "--objective", "lm", says=("top-1 Mixtral", "use --objective distill")
+    )
     refused(USAGE, *command, "--objective", "hope", says=("--objective", "hope"))
     refused(USAGE, *command, "--adapt", "heads", says=("--adapt heads", "full-routers"))
     refused(USAGE, *command, "--adapt", "routers", "--adapt", "full-routers", says=("exclude each other",))
