@@ -11,7 +11,8 @@ healed and recovered. A seed is that of the distillation and of the recovery; wh
 
 Each is held against the original on one report text, by document: rises and shares of the loss gap have 95 % intervals
 over documents, paired. Use of experts is that of the report text; an expert has fallen if it has less than a quarter of
-its fair share there and had more in the bare edit, "surely" as recovery/floor.py decides. Builtin checkpoints learn,
+its fair share there and had more in the bare edit, or half of the little that it had, "surely" as recovery/floor.py
+decides. Builtin checkpoints learn,
 judge and report on those splits of the builtin traces. With --corpora (folders DOMAIN/train.jsonl.gz and
 valid.jsonl.gz) others learn from the calibration split of train.jsonl.gz, judge on its validation split, and report on
 valid.jsonl.gz.

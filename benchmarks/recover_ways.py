@@ -53,6 +53,7 @@ class Way:
         return self.heal == "distill" or bool(self.adapt) or self.is_control
 
 
+EXPERTS: tuple[Adapt, ...] = ("experts-all",)
 BOTH: tuple[Adapt, ...] = ("routers", "experts-all")
 WAYS = {
     "bare": Way(),
@@ -61,15 +62,15 @@ WAYS = {
     "layers": Way("distill"),
     "layers, routers": Way("distill", ("routers",)),
     "layers, experts": Way("distill", ("experts",)),
-    "layers, experts-all": Way("distill", ("experts-all",)),
+    "layers, experts-all": Way("distill", EXPERTS),
     "layers, all": Way("distill", BOTH),
     "layers, all, balance 0": Way("distill", BOTH, balance=0.0),
     "layers, all, balance 0.1": Way("distill", BOTH, balance=0.1),
-    "all": Way(None, BOTH),
+    "experts-all": Way(None, EXPERTS),
     "control": Way(is_control=True),
     "cut": Way(cut=True),
     "cut, layers": Way("distill", cut=True),
-    "cut, layers, all": Way("distill", BOTH, cut=True),
+    "cut, layers, experts-all": Way("distill", EXPERTS, cut=True),
 }
 
 

@@ -1,4 +1,4 @@
-"""Experts that recovery starves: used less than a part of their fair share, as they were not before.
+"""Experts that recovery starves: used less than a part of their fair share, as they were not before, or half as much.
 
 A count of held-out choices is a sample. Whether an expert fell is first read off the counts; that it fell surely takes
 two things more: the text is long enough that chance alone would not have left it so few choices, and the 95 % interval
@@ -28,14 +28,16 @@ _RESAMPLES, _SEED = 1000, 20251122
 def use_of(anatomy: Anatomy, before: Judgement, after: Judgement, least: float = STARVED) -> dict[str, dict[str, Any]]:
     """Return the figures of :func:`monitor.usage_of` by layer, and who fell since ``before``.
 
-    ``fallen``: the experts below ``least`` of an even share that were not; ``starved``: those that surely are.
+    ``fallen``: the experts below ``least`` of an even share that were not, and those that were and have lost half of
+    what they had; ``starved``: those that surely are.
     """
     found = usage_of(anatomy, after.counts)
-    floor = least or STARVED  # what is told where every state may be kept
+    least = least or STARVED  # what is told where every state may be kept
     for row, figures in enumerate(found.values()):
         then, now = (_shares(each.counts[:, row].sum(axis=0)) for each in (before, after))
-        fallen = np.flatnonzero((now < floor) & (then >= floor))
-        starved = fallen[_surely_below(_by_document(after, row), fallen, floor)] if fallen.size else fallen
+        floor = np.where(then >= least, least, then / 2)
+        fallen = np.flatnonzero(now < floor)
+        starved = fallen[_surely_below(_by_document(after, row), fallen, floor[fallen])] if fallen.size else fallen
         figures.update(fallen=fallen.tolist(), starved=starved.tolist())
     return found
 
@@ -60,16 +62,21 @@ def _by_document(judged: Judgement, row: int) -> NDArray[np.float64]:
     return counts
 
 
-def _surely_below(counts_DE: NDArray[np.float64], experts: NDArray[np.int64], floor: float) -> NDArray[np.bool_]:
-    """Return which of ``experts`` have less than ``floor`` of an even share, beyond chance and choice of documents."""
+def _surely_below(
+    counts_DE: NDArray[np.float64], experts: NDArray[np.int64], floors: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Return which of ``experts`` are below their floor of an even share, beyond chance and choice of documents."""
     even = float(counts_DE.sum()) / counts_DE.shape[-1]
     rng = np.random.default_rng(_SEED)
     documents = len(counts_DE)
     drawn_RD = rng.multinomial(documents, np.full(documents, 1 / documents), size=_RESAMPLES)
     totals_R = np.maximum(1, drawn_RD @ counts_DE.sum(axis=1)) / counts_DE.shape[-1]
     high = np.quantile(drawn_RD @ counts_DE[:, experts] / totals_R[:, None], 0.975, axis=0)
-    rare = [_at_most(int(counts_DE[:, expert].sum()), floor * even) < _CHANCE for expert in experts]
-    return np.array(rare, dtype=bool) & (high < floor)
+    rare = [
+        _at_most(int(counts_DE[:, expert].sum()), floor * even) < _CHANCE
+        for expert, floor in zip(experts, floors, strict=True)
+    ]
+    return np.array(rare, dtype=bool) & (high < floors)
 
 
 def _at_most(count: int, mean: float) -> float:

@@ -26,10 +26,10 @@ class Schedule:
     experts (None: ``learning_rate``). ``warmup``: share of
     the steps in which rates rise, before they fall with a cosine to a tenth. ``clip``: the largest norm of the
     gradient. ``patience``: judgements without a better state after which it ends (None: never before the last step).
-    ``min_share``: a state in which an expert surely has less than this part of an even share of the choices, as it had
-    not before, is not taken for the best (0: it may be; see ``recovery.floor``). ``capacity``: factor beyond which
-    choices are dropped while training (None: nothing is). ``recompute``: layers run again in the backward pass, for
-    memory. The bounds are for recipes; the command line has its own.
+    ``min_share``: a state in which an expert has surely fallen below this part of an even share of the choices is not
+    taken for the best (0: it may be; see ``recovery.floor``). ``capacity``: factor beyond which choices are dropped
+    while training (None: nothing is). ``recompute``: layers run again in the backward pass, for memory. The bounds are
+    for recipes; the command line has its own.
     """
 
     steps: Annotated[int, Field(ge=1)] = 1000

@@ -55,7 +55,7 @@ def test_the_balance_is_that_of_the_worst_layer() -> None:
 @pytest.mark.parametrize(("left", "fallen", "met"), [(0.1, 0, True), (0.4, 1, False)])
 def test_bars(left: float, fallen: int, met: bool) -> None:
     shares = (left, left * 1.2)
-    ways = {"layers": shares, "layers, all": shares, "cut, layers, all": shares}
+    ways = {"layers": shares, "layers, experts-all": shares, "cut, layers, experts-all": shares}
     found = {bar["bar"]: bar for bar in bars(Results(rows_of(ways, fallen=fallen)))}
     assert list(found) == [0.65, 0.85, 0.0, 1.05] and all(bar["met"] == met for bar in found.values())
     assert found[0.85]["value"] == pytest.approx(1 - left * 1.1)  # the mean of the seeds' losses
@@ -67,7 +67,7 @@ def test_bars(left: float, fallen: int, met: bool) -> None:
 
 
 def test_the_bar_of_the_gap_is_for_top_1() -> None:
-    found = bars(Results(rows_of({"layers": (0.1,), "layers, all": (0.1,)}, top_k=(4, 2))))
+    found = bars(Results(rows_of({"layers": (0.1,), "layers, experts-all": (0.1,)}, top_k=(4, 2))))
     assert [bar["bar"] for bar in found] == [0.0]
 
 

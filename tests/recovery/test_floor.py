@@ -45,6 +45,15 @@ def test_who_was_below_before_or_is_above_has_not_fallen(anatomy: Anatomy) -> No
     assert use_of(anatomy, judged([EVEN] * 12), few, 0.0)["0"]["fallen"] == [7]  # told by the usual floor
 
 
+def test_who_was_below_may_not_lose_half_of_that(anatomy: Anatomy) -> None:
+    before = judged([with_last(2)] * 40)  # 0.22 of a fair share
+    assert use_of(anatomy, before, judged([with_last(2, even=19)] * 40))["0"]["fallen"] == []
+    (layer,) = use_of(anatomy, before, judged([with_last(2, even=40)] * 40)).values()
+    assert layer["fallen"] == layer["starved"] == [7]
+    never = judged([with_last(0)] * 40)
+    assert use_of(anatomy, never, never)["0"]["fallen"] == []
+
+
 def test_few_choices_prove_nothing(anatomy: Anatomy) -> None:
     """A quarter of an even share of 14 choices is less than half a choice: none at all is chance."""
     (layer,) = use_of(anatomy, judged([EVEN] * 2), judged([with_last(0, even=1)] * 2)).values()
