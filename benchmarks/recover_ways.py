@@ -18,6 +18,7 @@ from benchmarks.quality_text import Rows, Words
 from benchmarks.recover_control import control
 from benchmarks.recover_report import Results, told
 from moesurgeon.engine.device import place
+from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.engine.whole import load_model
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.pipeline.options import HealSpec, Text, Writing
@@ -97,7 +98,7 @@ class Referee:
         placement = place(RUNNING.device, RUNNING.dtype, subject.stored_dtype)
         model = change(load_model(subject.checkpoint, subject.anatomy, placement))
         with learning_routers(model, subject.anatomy, candidates=None) as learning:
-            judged = Judge(model, subject.anatomy, learning, self.corpus, self.length).judged()
+            judged = Judge(Stream(Source.of_model(model, subject.anatomy)), learning, self.corpus, self.length).judged()
         del model
         gc.collect()
         return judged
