@@ -67,7 +67,10 @@ def test_malformed_recipe(text: str, says: tuple[str, ...], out: Path, tmp_path:
         ("steps: [{retop: {}}, {recover: {adapt: [routers, full-routers]}}]", ("exclude each other",)),
         ("steps: [{retop: {}}, {recover: {save_adapter: a, adapt: [full-routers]}}]", ("are no adapter",)),
         ("steps: [{retop: {}}, {recover: {adapter: adalora, adapt: [experts]}}]", ("--adapt routers alone",)),
-        ("steps: [{retop: {}}, {recover: {adapt: [routers], adapter: adalora, schedule: {rank: 9}}}]", ("lower --rank",)),
+        (
+            "steps: [{retop: {}}, {recover: {adapt: [routers], adapter: adalora, schedule: {rank: 9}}}]",
+            ("lower --rank",),
+        ),
         ("steps: [{retop: {}}, {recover: {log: steps.txt}}]", ("steps.txt", "no format")),
         ("running: {device: abacus}\nsteps: [{retop: {}}]", ("abacus",)),
         ("running: {dtype: int4}\nsteps: [{retop: {}}]", ("int4", "bfloat16")),
