@@ -86,11 +86,7 @@ def measure_checkpoint(checkpoint: str, given: argparse.Namespace, rows: Rows) -
     placement = place(RUNNING.device, RUNNING.dtype, subject.stored_dtype)
     with Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement) as source:
         judge = Judge(subject, words.report, source)
-        known = next((row for row in rows.all if row.get("text") == name), None)
-        if known is None:
-            rows.add({"text": name, "fingerprint": subject.fingerprint, **judge.text})
-        elif known["fingerprint"] != subject.fingerprint or known["teacher"] != judge.text["teacher"]:
-            raise SystemExit(f"{given.resume} has rows of another {name} or of other text; name another file")
+        rows.know(name, subject, judge.text)
         for without in [None, *given.without]:
             for seed in range(given.seeds):
                 Round(subject, name, words, judge, given, rows, without=without, seed=seed).run()

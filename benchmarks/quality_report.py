@@ -186,7 +186,7 @@ def bars(results: Results) -> list[dict[str, Any]]:
             worst = min(closed(text, bares[seed], afters[seed])[0] for seed in bares.keys() & afters.keys())
             bar = CLOSED[layout]
             found.append(
-                _bar(f"{name}, {criterion}: {best} closes at least {bar:.0%} of the bare cut's gap",
+                bar_of(f"{name}, {criterion}: {best} closes at least {bar:.0%} of the bare cut's gap",
                      closed(text, bare, after), bar, at_least=True, worst=worst)
             )  # fmt: skip
             whole = rise(text, reference)[0]
@@ -194,7 +194,7 @@ def bars(results: Results) -> list[dict[str, Any]]:
             worst = max(rise(text, losses)[0] for losses in afters.values()) / whole
             bar = RISE[layout]
             found.append(
-                _bar(f"{name}, {criterion}: {best} leaves at most {bar:g} x the rise of bare REAP",
+                bar_of(f"{name}, {criterion}: {best} leaves at most {bar:g} x the rise of bare REAP",
                      share, bar, at_least=False, worst=worst)
             )  # fmt: skip
         found += _against_others(results, text, of, best)
@@ -216,7 +216,7 @@ def _against_others(results: Results, text: Judged, of: dict[str, Any], best: st
         theirs = results.mean(**of, criterion=other, method=best)
         if other != "healed" and theirs is not None:
             told = f"{of['checkpoint']}: after {best}, perplexity by healed over that by {other}, less 1, at most 0"
-            found.append(_bar(told, difference(text, mine, theirs), 0.0, at_least=False))
+            found.append(bar_of(told, difference(text, mine, theirs), 0.0, at_least=False))
     return found
 
 
@@ -234,13 +234,14 @@ def _unseen(results: Results, text: Judged, name: str) -> list[dict[str, Any]]:
                 if bare is None or after is None:
                     continue
                 told = f"{name}, {domain} unseen, {share:.1%} by {criterion}: {best} over bare, less 1, at most 0"
-                found.append(_bar(told, difference(text, after, bare, domain), 0.0, at_least=False))
+                found.append(bar_of(told, difference(text, after, bare, domain), 0.0, at_least=False))
     return found
 
 
-def _bar(
-    name: str, value: Sequence[float], bar: float, *, at_least: bool, worst: float | None = None
+def bar_of(
+    name: str, value: Sequence[float], bar: float, *, at_least: bool = True, worst: float | None = None
 ) -> dict[str, Any]:
+    """Return whether ``value`` (with its interval) reaches ``bar``; ``worst``: that of the worst seed."""
     met = value[0] >= bar if at_least else value[0] <= bar
     told = f"{name}: {value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
     told += "" if worst is None else f", worst seed {worst:.3f}"

@@ -41,6 +41,14 @@ class Rows:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
+    def know(self, name: str, subject: Subject, text: Row) -> None:
+        """Take down on which ``text`` the checkpoint ``name`` is measured; exit if rows are of another one."""
+        known = next((row for row in self.all if row.get("text") == name), None)
+        if known is None:
+            self.add({"text": name, "fingerprint": subject.fingerprint, **text})
+        elif known["fingerprint"] != subject.fingerprint or known["teacher"] != text["teacher"]:
+            raise SystemExit(f"{self.path} has rows of another {name} or of other text; name another file")
+
     def find(self, **of: Any) -> Row | None:
         """Return a row of a cut with these values."""
         fitting = (row for row in self.all if "losses" in row and all(row[name] == of[name] for name in of))

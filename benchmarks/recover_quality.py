@@ -98,11 +98,7 @@ def measure_checkpoint(checkpoint: str, given: argparse.Namespace, rows: Rows, f
     subject, words = open_subject(checkpoint), words_for(checkpoint, given)
     name = checkpoint.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
     referee = Referee(subject, words.report)
-    known = next((row for row in rows.all if row.get("text") == name), None)
-    if known is None:
-        rows.add({"text": name, "fingerprint": subject.fingerprint, **referee.text})
-    elif known["fingerprint"] != subject.fingerprint or known["teacher"] != referee.text["teacher"]:
-        raise SystemExit(f"{given.resume} has rows of another {name} or of other text; name another file")
+    rows.know(name, subject, referee.text)
     for top_k in given.top_k or BUILTIN.get(checkpoint, (1,)):
         operation = Operation(subject, name, top_k, words, referee, given=given, rows=rows, folder=folder / name)
         for way in given.ways:

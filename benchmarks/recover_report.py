@@ -10,12 +10,12 @@ Legend: N documents. Losses are sums of nats over the tokens of a document.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_report import Array, Judged, Row, Value, closed, markdown, rise
+from benchmarks.quality_report import Array, Judged, Row, Value, bar_of, closed, markdown, rise
 
 LAYERS, EVERYTHING, CUT = "layers", "layers, experts-all", "cut, layers, experts-all"
 CLOSED = {LAYERS: 0.65, EVERYTHING: 0.85}
@@ -76,21 +76,17 @@ def balance_of(usage: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def tables(results: Results) -> str:
     """Return, by operation, what every way costs, closes and does to the balance, as Markdown."""
+    headings = ["way", "seeds", "rise of perplexity (95 %)", "gap closed (95 %)", "entropy, least", "busiest",
+                "least used", "overflow at 1 / 1.25 / 2", "fallen (surely)", "tokens", "CPU s"]  # fmt: skip
     parts = []
     for checkpoint, top_k in results.operations():
-        text = results.texts[checkpoint]
-        rows = []
-        for way in dict.fromkeys(row["way"] for row in results.of(checkpoint, top_k)):
-            mine = results.of(checkpoint, top_k, way)
-            losses = results.mean(checkpoint, top_k, way)
-            assert losses is not None
+        text, rows = results.texts[checkpoint], []
+        for way, mine, losses in _ways(results, checkpoint, top_k):
             bare = results.mean(checkpoint, top_k, reference(way))
-            rows.append([way, len(mine), _spread(rise(text, losses), "+.1%"), _closed(text, bare, losses, way),
+            rows.append([way, str(len(mine)), _spread(rise(text, losses), "+.1%"), _closed(text, bare, losses, way),
                          *_balance(mine), *_cost(mine)])  # fmt: skip
-        headings = ["way", "seeds", "rise of perplexity (95 %)", "gap closed (95 %)", "entropy, least", "busiest",
-                    "least used", "overflow at 1 / 1.25 / 2", "fallen (surely)", "tokens", "CPU s"]  # fmt: skip
         parts.append(f"{name_of(checkpoint, top_k)}: mean of the seeds; of all layers the worst")
-        parts.append(markdown(headings, [[str(cell) for cell in row] for row in rows]))
+        parts.append(markdown(headings, rows))
     return "\n\n".join(parts)
 
 
@@ -99,15 +95,21 @@ def domain_table(results: Results) -> str:
     parts = []
     for checkpoint, top_k in results.operations():
         text = results.texts[checkpoint]
-        rows = []
-        for way in dict.fromkeys(row["way"] for row in results.of(checkpoint, top_k)):
-            losses = results.mean(checkpoint, top_k, way)
-            assert losses is not None
-            cells = [_spread(rise(text, losses, domain), "+.1%") for domain in text.domains]
-            rows.append([way, *cells])
+        rows = [
+            [way, *(_spread(rise(text, losses, domain), "+.1%") for domain in text.domains)]
+            for way, _rows, losses in _ways(results, checkpoint, top_k)
+        ]
         parts.append(f"{name_of(checkpoint, top_k)}: rise of perplexity by domain (95 %)")
         parts.append(markdown(["way", *text.domains], rows))
     return "\n\n".join(parts)
+
+
+def _ways(results: Results, checkpoint: str, top_k: Sequence[int]) -> Iterator[tuple[str, list[Row], Array]]:
+    """Yield each way of an operation, its rows, and its losses on average over the seeds."""
+    for way in dict.fromkeys(row["way"] for row in results.of(checkpoint, top_k)):
+        losses = results.mean(checkpoint, top_k, way)
+        assert losses is not None
+        yield way, results.of(checkpoint, top_k, way), losses
 
 
 def bars(results: Results) -> list[dict[str, Any]]:
@@ -121,19 +123,19 @@ def bars(results: Results) -> list[dict[str, Any]]:
             if losses is not None:
                 worst = min(closed(text, bare, np.array(r["losses"]))[0] for r in results.of(checkpoint, top_k, way))
                 value = closed(text, bare, losses)
-                found.append(_bar(f"{name}: {way} close at least {bar:.0%} of the gap", value, bar, worst=worst))
+                found.append(bar_of(f"{name}: {way} close at least {bar:.0%} of the gap", value, bar, worst=worst))
         for way in (EVERYTHING, CUT):
             fallen = [balance_of(row["usage"])["fallen"] for row in results.of(checkpoint, top_k, way)]
             if fallen:
                 most = float(max(fallen))
                 told = f"{name}: {way}: no expert falls below a quarter of its fair share"
-                found.append(_bar(told, (most, most, most), 0.0, at_least=False))
+                found.append(bar_of(told, (most, most, most), 0.0, at_least=False))
         losses = results.mean(checkpoint, top_k, CUT)
         if losses is not None:
             ratio: Value = tuple(each + 1 for each in rise(text, losses))  # type: ignore[assignment]
             worst = max(rise(text, np.array(row["losses"]))[0] for row in results.of(checkpoint, top_k, CUT)) + 1
             told = f"{name} and 25 % fewer experts: {CUT} end at {CUT_RATIO} x the original's perplexity at most"
-            found.append(_bar(told, ratio, CUT_RATIO, at_least=False, worst=worst))
+            found.append(bar_of(told, ratio, CUT_RATIO, at_least=False, worst=worst))
     return found
 
 
@@ -180,13 +182,3 @@ def _cost(rows: Sequence[Row]) -> list[str]:
 
 def _spread(value: Value, form: str) -> str:
     return f"{value[0]:{form}} ({value[1]:{form}} to {value[2]:{form}})"
-
-
-def _bar(
-    name: str, value: Sequence[float], bar: float, *, at_least: bool = True, worst: float | None = None
-) -> dict[str, Any]:
-    met = value[0] >= bar if at_least else value[0] <= bar
-    text = f"{name}: {value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
-    text += "" if worst is None else f", worst seed {worst:.3f}"
-    return {"name": name, "value": value[0], "interval": list(value[1:]), "worst_seed": worst, "bar": bar, "met": met,
-            "text": f"{text}, {'met' if met else 'MISSED'}"}  # fmt: skip
