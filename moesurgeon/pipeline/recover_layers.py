@@ -16,7 +16,7 @@ from typing import Any
 
 from moesurgeon import launched
 from moesurgeon.checkpoint.open import CONFIG_NAME
-from moesurgeon.errors import InputError, NothingToDo, UsageError
+from moesurgeon.errors import InputError, NothingToDo, OutputError, UsageError
 from moesurgeon.pipeline.heal import healed
 from moesurgeon.pipeline.journal import write_whole
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
@@ -60,6 +60,7 @@ def recover_layers(
     if writing.dry_run:
         return {**recover(source, spec, text, running, writing, progress), "healed": {"planned": asdict(heal)}}
     folder = writing.output.absolute().with_name(f".{writing.output.name}.layers")
+    _refuse_strange(folder)
     with _kept_only_if_killed(folder):
         report = _healed_in(folder, subject, teacher, heal, running, progress)
         start, kept = (str(folder / "model"), True) if report["healed"]["kept"] else (source, writing.allow_noop)
@@ -82,6 +83,13 @@ def _refuse(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Text, w
         )
     if spec.schedule.steps:
         refuse_spec(subject, teacher, spec, text, writing)
+
+
+def _refuse_strange(folder: Path) -> None:
+    """Raise UsageError if ``folder``, which will be removed, holds what was not put there on the way."""
+    mine = ("healing.json", "model")
+    if folder.is_dir() and any(path.name not in mine and not path.name.startswith(".") for path in folder.iterdir()):
+        raise UsageError(f"{folder} is where the healed layers go, and holds something else; move it away")
 
 
 def _layers_alone(
@@ -113,12 +121,18 @@ def _healed_in(
             progress.note("note: the layers were healed by the run before; going on from there")
             return dict(known["report"])
         shutil.rmtree(folder)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} could not be made ({error.strerror}); choose another output") from error
     with healed(identity(subject.anatomy), subject, heal, running, progress) as (plan, report):
         if report["kept"]:
             finish(plan, subject, Writing(output=folder / "model", link=True, overwrite=True), progress)
     found = {"healing": report.pop("layers"), "healed": report}
-    write_whole(record, json.dumps({"digest": digest, "report": found}))
+    try:
+        write_whole(record, json.dumps({"digest": digest, "report": found}))
+    except OSError as error:
+        raise OutputError(f"{record} could not be written ({error.strerror}); choose another disk") from error
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moesurgeon.errors import NothingToDo, UsageError
+from moesurgeon.errors import NothingToDo, OutputError, UsageError
 from moesurgeon.healing.pace import Pace
 from moesurgeon.pipeline import recover_layers as pipeline
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
@@ -117,3 +117,18 @@ def test_refusals(edited: tuple[Path, str], out: Path, monkeypatch: pytest.Monke
     with pytest.raises(NothingToDo, match="healing lowered no held-out loss"):
         run(edited, out, steps=0, heal=HealSpec(method="none", max_tokens=2048, heldout_tokens=1024))
     assert not list(out.parent.iterdir())
+
+
+def test_the_place_on_the_way_is_made_or_refused(edited: tuple[Path, str], out: Path) -> None:
+    deep = out.parent / "not" / "there" / "out"
+    assert run(edited, deep)["healed"]["kept"] and [path.name for path in deep.parent.iterdir()] == ["out"]
+    (out.parent / ".out.layers").write_text("in the way")
+    with pytest.raises(OutputError, match=r"\.out\.layers could not be made \(.*\); choose another output"):
+        run(edited, out)
+    assert not out.exists() and (out.parent / ".out.layers").read_text() == "in the way"
+    (out.parent / ".out.layers").unlink()
+    (out.parent / ".out.layers").mkdir()
+    (out.parent / ".out.layers" / "mine").write_text("kept")
+    with pytest.raises(UsageError, match="holds something else; move it away"):
+        run(edited, out)
+    assert (out.parent / ".out.layers" / "mine").read_text() == "kept"
