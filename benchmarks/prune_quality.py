@@ -41,7 +41,8 @@ from moesurgeon.pipeline.subject import open_subject  # noqa: E402
 
 CRITERIA = ("frequency", "gate", "ean", "man", "reap", "traffic-reap", "random", "reconstruction", "healed", PEER)
 # What has to be the same where a run goes on.
-FIXED = ("tokens", "profile_tokens", "inner", "heldout_tokens", "report_tokens", "steps", "corpora", "beside")
+FIXED = ("tokens", "profile_tokens", "inner", "heldout_tokens", "report_tokens", "steps", "tokens_per_step", "corpora",
+         "beside")  # fmt: skip
 
 
 def main() -> None:
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--heldout-tokens", type=int, default=16384, help="that judge the healing")
     parser.add_argument("--report-tokens", type=int, help="default: 49152 of builtin traces, all of corpora")
     parser.add_argument("--steps", type=int, default=600, help="of the distillation, for each layer")
+    parser.add_argument("--tokens-per-step", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", type=Path, help="a JSONL file that keeps every row, and that is gone on with")
     parser.add_argument("--json", type=Path, help="also write the JSON object here")

@@ -187,7 +187,7 @@ class Round:
                 max_tokens=self.given.tokens,
                 heldout_tokens=self.given.heldout_tokens,
                 sample=self.seed,
-                pace=Pace(steps=self.given.steps, seed=self.seed),
+                pace=Pace(steps=self.given.steps, tokens_per_step=self.given.tokens_per_step, seed=self.seed),
             )
             self._healers[method] = stack.enter_context(
                 healer(self.subject, spec, RUNNING, SILENT, like=self._largest_plan())

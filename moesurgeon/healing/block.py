@@ -25,6 +25,9 @@ from moesurgeon.healing.exact import sum_of_squares
 CHUNK = 8192
 """Tokens that a block is given at once where there are more."""
 
+ROWS = 64
+"""What an expert's tokens are rounded up to where every number of them costs a kernel."""
+
 Values = Mapping[str, torch.Tensor]
 """By the names of the block's module."""
 
@@ -108,9 +111,11 @@ def _forward(experts: Any) -> Callable[..., torch.Tensor]:
         gate_ups, downs = experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0)
         flat = indices_TK.flatten()
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(downs)).tolist()
-        token = order // indices_TK.shape[1]
-        weights = weights_TK.flatten()[order, None]
+        of_expert = torch.bincount(flat, minlength=len(downs))
+        token, weights = order // indices_TK.shape[1], weights_TK.flatten()[order, None]
+        if _compiles_by_shape(inputs_TH):
+            of_expert, token, weights = _padded(of_expert, token, weights)
+        counts = of_expert.tolist()
         parts = zip(gate_ups, downs, inputs_TH[token].split(counts), weights.split(counts), strict=True)
         outputs = []
         for gate_up, down, mine, weight in parts:
@@ -120,3 +125,21 @@ def _forward(experts: Any) -> Callable[..., torch.Tensor]:
         return torch.zeros_like(inputs_TH).index_add(0, token, torch.cat(outputs))
 
     return forward
+
+
+def _compiles_by_shape(inputs: torch.Tensor) -> bool:
+    """Whether a kernel is compiled for every number of rows, which takes longer than to run it."""
+    return inputs.device.type == "cpu" and inputs.dtype in (torch.bfloat16, torch.float16)
+
+
+def _padded(of_expert: torch.Tensor, token: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the same with tokens of weight zero, so that each expert has a multiple of ``ROWS``."""
+    rounded = (of_expert + ROWS - 1) // ROWS * ROWS
+    added = rounded - of_expert
+    at = torch.arange(len(token)) + (added.cumsum(0) - added).repeat_interleave(of_expert)
+    total = int(rounded.sum())
+    return (
+        rounded,
+        token.new_zeros(total).index_copy(0, at, token),
+        weights.new_zeros(total, 1).index_copy(0, at, weights),
+    )

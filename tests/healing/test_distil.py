@@ -11,7 +11,7 @@ import torch
 from torch.func import functional_call
 
 from moesurgeon.engine.device import Placement
-from moesurgeon.healing import distil
+from moesurgeon.healing import block, distil
 from moesurgeon.healing.block import error_of, is_of, output_of, own_values
 from moesurgeon.healing.distil import distilled, loss_of
 from moesurgeon.healing.pace import Pace
@@ -32,9 +32,13 @@ def _trained(stop: Stop, *, router: bool) -> list[str]:
     return [name for name in own_values(stop.block) if is_of(stop.block, name, router=router)]
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("router", [False, True])
 @pytest.mark.parametrize("name", RUNS)
-def test_output_and_gradient_are_the_stock_block_s(name: str, router: bool, stock: Stock) -> None:
+def test_output_and_gradient_are_the_stock_block_s(
+    name: str, router: bool, padded: bool, stock: Stock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "_compiles_by_shape", lambda _inputs: padded)
     subject = open_subject(str(stock(name)))
     with stopped(subject, cut(subject)) as stop:
         rows, before = torch.arange(0, len(stop.train), 3), stop.block.experts.forward
@@ -59,6 +63,23 @@ def test_output_and_gradient_are_the_stock_block_s(name: str, router: bool, stoc
             if master.grad is not None and theirs is not None:
                 torch.testing.assert_close(master.grad, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
         assert stop.block.experts.forward == before
+
+
+def test_kernels_of_bfloat16_see_few_shapes(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, seen = open_subject(str(stock("mixtral"))), set[int]()
+    linear = torch.nn.functional.linear
+
+    def watched(inputs: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        if len(weight) > subject.anatomy.experts:  # not the router's
+            seen.add(len(inputs))
+        return linear(inputs, weight, *others)
+
+    placement = Placement(CPU, torch.bfloat16)
+    with stopped(subject, cut(subject), placement=placement) as stop:
+        monkeypatch.setattr(block.F, "linear", watched)
+        for tokens in range(100, 300):
+            output_of(stop.block, own_values(stop.block), stop.train.inputs[:tokens])
+    assert len(seen) > 1 and seen <= {64, 128, 192, 256, 320}
 
 
 def test_an_error_puts_the_block_back(stock: Stock) -> None:
