@@ -1,11 +1,11 @@
 """What recovery minimises, and which objectives cannot reach a router at all.
 
-Legend: B windows, T tokens of a window, N tokens of text, V vocabulary, E experts, H hidden.
+Legend: B windows, T tokens of a window, N tokens of text, V vocabulary, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -19,8 +19,6 @@ from moesurgeon.recovery.targets import parts_of
 from moesurgeon.surgery.anatomy import Anatomy
 
 Objective = Literal["distill", "lm"]
-Summed = Callable[[torch.Tensor], torch.Tensor]
-"""Returns the sum of what all processes have, without a gradient."""
 _Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -78,69 +76,28 @@ def language_loss(student: torch.Tensor, tokens: torch.Tensor, text: torch.Tenso
     return torch.nn.functional.cross_entropy(student[:, :-1][valid].float(), tokens[:, 1:][valid])
 
 
-def balance_loss(
-    routing: Routing, routed: Sequence[Routed], text: torch.Tensor, summed: Summed = torch.Tensor.detach
-) -> torch.Tensor:
-    """Return the mean over layers of E x sum_e (share of choices) x (mean score share); 1 when even.
-
-    Choices are the block's own, a selection bias included; ``text`` [B, T] leaves out padding. ``summed``: adds up the
-    choices of all of a step's tokens, where these are not all.
-
-    The loss of Switch Transformers (arXiv:2101.03961, eq. 4), for each layer by itself: the form in
-    transformers adds the layers up first, so that two lopsided layers can cancel.
-    """
-    rows = text.flatten()
-    losses = []
-    counts_LE = summed(
-        torch.stack([layer.chosen[rows].flatten().bincount(minlength=layer.logits.shape[-1]) for layer in routed])
-    )
-    for layer, chosen in zip(routed, counts_LE, strict=True):
-        losses.append(balance_of(routing, layer.logits[rows], chosen / chosen.sum()))
-    return torch.stack(losses).mean()
-
-
 def balance_of(routing: Routing, logits_NE: torch.Tensor, share_E: torch.Tensor) -> torch.Tensor:
-    """Return E x sum_e ``share_E`` x (mean score share) of one layer, for these shares of the choices."""
+    """Return E x sum_e ``share_E`` x (mean score share) of one layer, for these shares of the choices; 1 when even.
+
+    The loss of Switch Transformers (arXiv:2101.03961, eq. 4), for each layer by itself: the form in transformers adds
+    the layers up first, so that two lopsided layers can cancel.
+    """
     scores = routing.scores(logits_NE)
     shares = (scores / scores.sum(-1, keepdim=True)).mean(0)
     return scores.shape[-1] * (share_E * shares).sum()
 
 
-def router_distillation(
-    routing: Routing, routed: Sequence[Routed], teacher_NE: Sequence[torch.Tensor], text: torch.Tensor
-) -> torch.Tensor:
-    """Return the mean over layers and tokens of KL(teacher | student) between the routers' distributions.
+def router_distillation(routing: Routing, routed: Routed, teacher_NE: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Return the mean over tokens of KL(teacher | student) between the distributions of one layer's routers.
 
-    ``teacher_NE``: by layer the teacher's logits of the tokens of ``text`` [B, T], of the student's experts in the
-    student's order. Scores are divided by their sum, so that of a pruned layer the experts that both have share 1.
+    ``teacher_NE``: the teacher's logits of the tokens of ``text`` [B, T], of the student's experts in the student's
+    order. Scores are divided by their sum, so that of a pruned layer the experts that both have share 1.
     """
-    rows = text.flatten()
-    losses = []
-    for layer, logits in zip(routed, teacher_NE, strict=True):
-        p, q = (routing.scores(each) for each in (layer.logits[rows], logits))
-        logp, logq = ((each / each.sum(-1, keepdim=True)).clamp_min(1e-30).log() for each in (p, q))
-        losses.append((logq.exp() * (logq - logp)).sum(-1).mean())
-    return torch.stack(losses).mean()
+    p, q = (routing.scores(each) for each in (routed.logits[text.flatten()], teacher_NE))
+    logp, logq = ((each / each.sum(-1, keepdim=True)).clamp_min(1e-30).log() for each in (p, q))
+    return (logq.exp() * (logq - logp)).sum(-1).mean()
 
 
-def z_loss(routed: Sequence[Routed], text: torch.Tensor) -> torch.Tensor:
-    """Return the mean over layers and tokens of logsumexp(router logits)^2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    rows = text.flatten()
-    return torch.stack([layer.logits[rows].float().logsumexp(-1).square().mean() for layer in routed]).mean()
-
-
-def hidden_loss(
-    student_BTH: Sequence[torch.Tensor],
-    teacher_NH: Sequence[torch.Tensor],
-    text: torch.Tensor,
-    summed: Summed = torch.Tensor.detach,
-) -> torch.Tensor:
-    """Return the mean over layers of |student - teacher|^2 / |teacher|^2, of the hidden states of text.
-
-    ``summed``: adds up the squares of all of a step's tokens, where these are not all.
-    """
-    sizes = summed(torch.stack([wanted.float().square().sum() for wanted in teacher_NH]))
-    losses = []
-    for mine, wanted, size in zip(student_BTH, teacher_NH, sizes, strict=True):
-        losses.append((mine[text].float() - wanted.float()).square().sum() / size)
-    return torch.stack(losses).mean()
+def z_loss(routed: Routed, text: torch.Tensor) -> torch.Tensor:
+    """Return the mean over tokens of logsumexp(router logits)^2 of one layer (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    return routed.logits[text.flatten()].float().logsumexp(-1).square().mean()

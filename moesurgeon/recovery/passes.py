@@ -17,10 +17,10 @@ from moesurgeon.engine.walk import Layer, Walk
 from moesurgeon.recovery.adapters import Adapted
 from moesurgeon.recovery.estimator import Learning
 from moesurgeon.recovery.objective import Losses
-from moesurgeon.recovery.pieces import Terms, pieces_of
 from moesurgeon.recovery.share import Share
 from moesurgeon.recovery.teacher import Said
 from moesurgeon.recovery.teacher_cache import Cached
+from moesurgeon.recovery.terms import Terms, pieces_of
 from moesurgeon.surgery.anatomy import Anatomy
 
 
@@ -68,8 +68,8 @@ class _Step:
         pieces = pieces_of(share.batch, passes.piece)
         self.passes, self.pieces = passes, pieces
         student, anatomy = passes.student, passes.student.anatomy
-        self.layers, self.moe_layers = anatomy.layers, anatomy.moe_layers
-        self.terms = Terms(passes.losses, passes.learning.rule, anatomy.moe_layers, pieces, share)
+        self.moe_layers = anatomy.moe_layers
+        self.terms = Terms(passes.losses, passes.learning.rule, pieces, share)
         streams = [student] if passes.teacher is None else [student, passes.teacher]
         self.walk = Walk(streams, pieces, passes.folder)
         self.inputs = {layer: self._states(f"{layer}.input") for layer in range(passes.lowest, anatomy.layers)}
@@ -145,13 +145,12 @@ class _Step:
 
     def _match(self, layer: Layer) -> None:
         """Compare what came out of ``layer`` with the teacher's, which is kept for the way back."""
-        passes, found = self.passes, []
-        for number, piece in enumerate(self.pieces):
+        passes = self.passes
+        for number in range(len(self.pieces)):
             if passes.teacher is not None:
                 self.theirs[layer.number].put(number, self.walk.hidden[passes.teacher].get(number))
-            mine = self._here(self.walk.hidden[passes.student].get(number))[piece.is_text]
-            found.append((mine, self._wanted(layer.number, number)))
-        self.terms.see_hidden(layer.number, self.layers, found)
+            mine = self._here(self.walk.hidden[passes.student].get(number))
+            self.terms.see_hidden(layer.number, number, mine, self._wanted(layer.number, number))
 
     def _wanted(self, layer: int, number: int) -> torch.Tensor:
         """Return the teacher's hidden states after ``layer`` of a piece's text [N, H]."""
@@ -172,7 +171,7 @@ class _Step:
             main, more = self.terms.of_routers(at, number, routed, self._routers_at(at, number))
             scalars += [each for each in (main, more if beside else None) if each is not None]
         if passes.losses.hidden:
-            scalars.append(self.terms.of_hidden(at, self.layers, number, output, self._wanted(at, number)))
+            scalars.append(self.terms.of_hidden(at, number, output, self._wanted(at, number)))
         scalars = [each for each in scalars if each.requires_grad]
         torch.autograd.backward(
             [output, *scalars], [self._here(gradient), *(torch.ones_like(each) for each in scalars)]

@@ -23,7 +23,7 @@ from moesurgeon.recovery.steps import Gradients
 from moesurgeon.recovery.targets import Experts, Part, as_stored, parts_of, refuse_unwritable, targets_of
 from moesurgeon.recovery.teacher import Itself, Said, Teacher
 from moesurgeon.recovery.teacher_cache import Cached
-from moesurgeon.recovery.terms import Heard, Terms, terms_of
+from moesurgeon.recovery.terms import Heard, Sums, sums_of
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.traces.windows import Corpus
 
@@ -95,17 +95,17 @@ class Resident:
 
     def gradients(self, batch: Batch, norm_of: Part | None) -> Gradients:
         assert self._adapted is not None
-        terms = self._losses(share_of(batch, self._ranks))
-        norm = None if norm_of is None else self._norm(terms.main, norm_of)
-        self._accelerator.backward(terms.main + terms.beside)
+        sums = self._losses(share_of(batch, self._ranks))
+        norm = None if norm_of is None else self._norm(sums.main, norm_of)
+        self._accelerator.backward(sums.main + sums.beside)
         add_up(self._adapted.weights(), self._ranks)
-        return Gradients(terms.figures, norm)
+        return Gradients(dict(sums.figures), norm)
 
     def stored(self, parts: Sequence[Part]) -> dict[str, torch.Tensor]:
         assert self._adapted is not None
         return {name: as_stored(self._student, name, weight) for name, weight in self._adapted.merged(parts)}
 
-    def _losses(self, share: Share) -> Terms:
+    def _losses(self, share: Share) -> Sums:
         """Run the student on its ``share`` of a batch and return what is to become small."""
         losses, learning, batch = self._training.losses, self._learning, share.batch
         said = self._teacher.says(batch) if self._teacher else Said()
@@ -115,7 +115,7 @@ class Resident:
             hidden = stack.enter_context(outputs(self._model, self.anatomy)) if losses.hidden else []
             logits = self._running(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
         routed = learning.routed[: len(self.anatomy.moe_layers)]
-        return terms_of(
+        return sums_of(
             losses, learning.rule, Heard(logits, routed, hidden), said, share, routers="routers" in self._parts
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,17 +16,13 @@ from moesurgeon.errors import UsageError
 from moesurgeon.recovery.estimator import Routed
 from moesurgeon.recovery.objective import (
     Losses,
-    balance_loss,
     distillation,
-    hidden_loss,
     language_loss,
     refuse_without_gradient,
-    router_distillation,
-    z_loss,
 )
 from moesurgeon.recovery.share import Share
 from moesurgeon.recovery.teacher import Said
-from moesurgeon.recovery.terms import Heard, terms_of
+from moesurgeon.recovery.terms import Heard, Sums, sums_of
 from moesurgeon.surgery.anatomy import Anatomy, examine
 from tests.engine.small import FAMILIES, small_model
 
@@ -72,6 +70,29 @@ def _routing(scoring: str = "softmax") -> Routing:
     return Routing(scoring, True, 1.0, 1, 1, "max")
 
 
+def _sums(
+    losses: Losses,
+    routed: list[Routed],
+    said: Said | None = None,
+    hidden: Sequence[torch.Tensor] = (),
+    *,
+    scoring: str = "softmax",
+    text: torch.Tensor = TEXT,
+) -> Sums:
+    """What the terms of a batch of made-up logits add up to, beside the language-model loss."""
+    batch = Batch("text", (), torch.zeros(text.shape, dtype=torch.long), text.long())
+    heard = Heard(torch.zeros(*text.shape, 11), routed, hidden)
+    return sums_of(losses, _routing(scoring), heard, said or Said(), Share(batch), routers=True)
+
+
+LM = Losses(objective="lm", balance=1.0, router=1.0, hidden=1.0, z=1.0)
+BALANCE = replace(LM, router=0.0, hidden=0.0, z=0.0)
+
+
+def _balance(routed: list[Routed], scoring: str = "softmax", text: torch.Tensor = TEXT) -> float:
+    return _sums(BALANCE, routed, scoring=scoring, text=text).figures["balance"]
+
+
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_the_balancing_loss_is_that_of_switch_transformers_layer_by_layer(scoring: str) -> None:
     layers = [torch.randn(21, 5, generator=RANDOM) for _ in range(2)]
@@ -86,7 +107,7 @@ def test_the_balancing_loss_is_that_of_switch_transformers_layer_by_layer(scorin
             for expert in layer.chosen[token].tolist():
                 chosen[expert] += 1
         losses.append(5 * float((chosen / chosen.sum() * share / int(TEXT.sum())).sum()))
-    assert float(balance_loss(_routing(scoring), routed, TEXT)) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert _balance(routed, scoring) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_the_balancing_loss_is_one_for_even_use_and_more_for_a_favourite() -> None:
@@ -94,16 +115,16 @@ def test_the_balancing_loss_is_one_for_even_use_and_more_for_a_favourite() -> No
     even = Routed(torch.zeros(8, 4), torch.arange(8)[:, None] % 4)
     favourite = Routed(torch.tensor([[9.0, 0, 0, 0]]).repeat(8, 1), torch.zeros(8, 1, dtype=torch.long))
     other = Routed(torch.tensor([[0, 9.0, 0, 0]]).repeat(8, 1), torch.ones(8, 1, dtype=torch.long))
-    assert float(balance_loss(_routing(), [even], text)) == pytest.approx(1.0)
-    assert float(balance_loss(_routing(), [favourite], text)) > 3.9
+    assert _balance([even], text=text) == pytest.approx(1.0)
+    assert _balance([favourite], text=text) > 3.9
     # Two lopsided layers do not cancel.
-    assert float(balance_loss(_routing(), [favourite, other], text)) > 3.9
+    assert _balance([favourite, other], text=text) > 3.9
 
 
 def test_the_balancing_loss_pulls_away_from_the_favourite() -> None:
     logits = torch.tensor([[1.0, 0, 0, 0]]).repeat(8, 1).requires_grad_()
     routed = [Routed(logits, torch.zeros(8, 1, dtype=torch.long))]
-    balance_loss(_routing(), routed, torch.ones(1, 8, dtype=torch.bool)).backward()
+    _sums(BALANCE, routed, text=torch.ones(1, 8, dtype=torch.bool)).beside.backward()
     assert logits.grad is not None
     assert (logits.grad[:, 0] > 0).all()
     assert (logits.grad[:, 1:] < 0).all()
@@ -124,17 +145,18 @@ def test_router_distillation_is_the_divergence_of_the_scores(scoring: str) -> No
         for mine, theirs in zip(layer.logits[rows].double().numpy(), wanted.double().numpy(), strict=True):
             p, q = _distribution(scoring, mine), _distribution(scoring, theirs)
             total.append(float((q * np.log(q / p)).sum()))
-    assert float(router_distillation(_routing(scoring), routed, teacher, TEXT)) == pytest.approx(
-        np.mean(total), rel=1e-5
-    )
+    losses = replace(LM, hidden=0.0)
+    found = _sums(losses, routed, Said(routers=teacher), scoring=scoring).figures["router"]
+    assert found == pytest.approx(np.mean(total), rel=1e-5)
     same = [layer.logits[rows] for layer in routed]
-    assert float(router_distillation(_routing(scoring), routed, same, TEXT)) == pytest.approx(0.0, abs=1e-6)
+    assert _sums(losses, routed, Said(routers=same), scoring=scoring).figures["router"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_z_loss_is_the_mean_square_of_the_log_sum() -> None:
     routed = [Routed(torch.randn(21, 5, generator=RANDOM), torch.zeros(21, 1, dtype=torch.long)) for _ in range(2)]
     logits = np.concatenate([layer.logits[TEXT.flatten()].double().numpy() for layer in routed])
-    assert float(z_loss(routed, TEXT)) == pytest.approx(np.mean(np.log(np.exp(logits).sum(-1)) ** 2), rel=1e-5)
+    found = _sums(replace(BALANCE, z=1.0), routed).figures["z"]
+    assert found == pytest.approx(np.mean(np.log(np.exp(logits).sum(-1)) ** 2), rel=1e-5)
 
 
 def test_the_hidden_loss_is_relative_to_the_teacher_layer_by_layer() -> None:
@@ -144,7 +166,10 @@ def test_the_hidden_loss_is_relative_to_the_teacher_layer_by_layer() -> None:
         float((mine[TEXT] - wanted).double().square().sum() / wanted.double().square().sum())
         for mine, wanted in zip(student, teacher, strict=True)
     ]
-    assert float(hidden_loss(student, teacher, TEXT)) == pytest.approx(np.mean(expected), rel=1e-5)
+    routed = [Routed(torch.zeros(21, 5), torch.zeros(21, 1, dtype=torch.long))]
+    sums = _sums(replace(LM, router=0.0), routed, Said(hidden=teacher), student)
+    assert sums.figures["hidden"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert float(sums.main) == pytest.approx(sums.figures["lm"] + np.mean(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("routers", [True, False])
@@ -159,14 +184,14 @@ def test_terms_are_added_with_their_coefficients(routers: bool) -> None:
     )
     heard = Heard(STUDENT, routed, [torch.randn(3, 7, 4, generator=RANDOM)])
     losses = Losses(temperature=2.0, lm=0.3, router=0.5, hidden=0.7, balance=0.2, z=0.1)
-    terms = terms_of(losses, _routing(), heard, said, Share(batch), routers=routers)
+    terms = sums_of(losses, _routing(), heard, said, Share(batch), routers=routers)
     each = terms.figures
     assert each["kl"] == pytest.approx(float(distillation(STUDENT, TEACHER, TEXT, 2.0)))
     main = each["kl"] + 0.3 * each["lm"] + 0.5 * each["router"] + 0.7 * each["hidden"]
     assert float(terms.main) == pytest.approx(main, rel=1e-6) == pytest.approx(each["loss"], rel=1e-6)
     beside = 0.2 * each["balance"] + 0.1 * each["z"] if routers else 0.0
     assert float(terms.beside) == pytest.approx(beside, rel=1e-6)
-    plain = terms_of(Losses(objective="lm", lm=9.0), _routing(), heard, Said(), Share(batch), routers=routers)
+    plain = sums_of(Losses(objective="lm", lm=9.0), _routing(), heard, Said(), Share(batch), routers=routers)
     assert float(plain.main) == pytest.approx(float(language_loss(STUDENT, TOKENS, TEXT)), rel=1e-6)
     assert set(plain.figures) == {"loss", "lm", "balance"}
 

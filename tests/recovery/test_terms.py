@@ -9,10 +9,9 @@ from moesurgeon.engine.batches import Batch, to_batch
 from moesurgeon.engine.routing import Routing
 from moesurgeon.recovery.estimator import Routed
 from moesurgeon.recovery.objective import Losses
-from moesurgeon.recovery.pieces import Terms, pieces_of
 from moesurgeon.recovery.share import Share
 from moesurgeon.recovery.teacher import Said
-from moesurgeon.recovery.terms import Heard, terms_of
+from moesurgeon.recovery.terms import Heard, Terms, pieces_of, sums_of
 from tests.engine.small import random_windows
 
 ROUTING = Routing("softmax", True, 1.0, 1, 1, "max")
@@ -34,7 +33,7 @@ def test_every_window_is_in_one_piece(tokens: int | None, sizes: list[int]) -> N
 
 
 def test_the_terms_of_pieces_add_up_to_those_of_the_batch() -> None:
-    """Figures and what is added up, of made-up logits: whatever makes them, the sums are those of ``terms_of``."""
+    """Figures and what is added up, of made-up logits: whatever makes them, the sums are those of ``sums_of``."""
     batch = _batch()
     random = torch.Generator().manual_seed(0)
     rows, length = batch.tokens.shape
@@ -59,26 +58,20 @@ def test_the_terms_of_pieces_add_up_to_those_of_the_batch() -> None:
     heard = Heard(
         logits, [routed(number, whole, length) for number in range(2)], [hidden[:, :, number] for number in range(3)]
     )
-    expected = terms_of(LOSSES, ROUTING, heard, said, Share(batch), routers=True)
+    expected = sums_of(LOSSES, ROUTING, heard, said, Share(batch), routers=True)
 
     pieces = pieces_of(batch, 27)
-    terms = Terms(LOSSES, ROUTING, LAYERS, pieces, Share(batch))
+    terms = Terms(LOSSES, ROUTING, pieces, Share(batch))
     starts = [0, 3, 6]
     main, beside = torch.zeros(()), torch.zeros(())
     windows = [slice(start, start + len(piece.windows)) for start, piece in zip(starts, pieces, strict=True)]
-    for layer in range(3):
-        terms.see_hidden(
-            layer,
-            3,
-            [
-                (hidden[rows_, :, layer][text[rows_]], theirs[rows_, :, layer][text[rows_]])
-                for rows_ in windows
-            ],
-        )  # fmt: skip
     for number, (piece, mine) in enumerate(zip(pieces, windows, strict=True)):
         width = piece.tokens.shape[1]
         for place, layer in enumerate(LAYERS):
             terms.count(layer, number, routed(place, mine, width))
+        for layer in range(3):
+            wished = theirs[mine, :width, layer][piece.is_text]
+            terms.see_hidden(layer, number, hidden[mine, :width, layer], wished)
         piece_said = Said(logits=teachers[mine, :width])
         main = main + terms.at_the_end(number, logits[mine, :width], piece_said)
     for number, (piece, mine) in enumerate(zip(pieces, windows, strict=True)):
@@ -89,9 +82,8 @@ def test_the_terms_of_pieces_add_up_to_those_of_the_batch() -> None:
             assert more is not None
             main, beside = main + more, beside + rest
         for layer in range(3):
-            main = main + terms.of_hidden(
-                layer, 3, number, hidden[mine, :width, layer], theirs[mine, :width, layer][piece.is_text]
-            )
+            wished = theirs[mine, :width, layer][piece.is_text]
+            main = main + terms.of_hidden(layer, number, hidden[mine, :width, layer], wished)
     torch.testing.assert_close(main, expected.main, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(beside, expected.beside, rtol=1e-5, atol=1e-6)
     figures = terms.complete()
