@@ -21,10 +21,10 @@ from moesurgeon.healing.pace import Pace
 from moesurgeon.pipeline.choice import choose_by
 from moesurgeon.pipeline.heal import Healer, healer
 from moesurgeon.pipeline.healed_choice import settled
-from moesurgeon.pipeline.options import HealSpec, Running, Text
+from moesurgeon.pipeline.options import HealSpec, Running, SampleSpec, Text
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune_spec import PruneSpec
-from moesurgeon.pipeline.sample import SampleSpec, sample
+from moesurgeon.pipeline.sample import sample
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.text import read_text, window_length
 from moesurgeon.profiling.artefact import Profile, load_profile

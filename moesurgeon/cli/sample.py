@@ -35,8 +35,8 @@ def command(
     """Write text that a checkpoint draws from itself, to heal on beside your own: it has of every kind it has seen."""
 
     def work(progress: Progress) -> Report:
-        from moesurgeon.pipeline.options import Running
-        from moesurgeon.pipeline.sample import SampleSpec, sample
+        from moesurgeon.pipeline.options import Running, SampleSpec
+        from moesurgeon.pipeline.sample import sample
 
         spec = SampleSpec(
             tokens=max_tokens, length=length, rows=rows, temperature=temperature, uniform=uniform, seed=seed

@@ -67,6 +67,26 @@ class Running:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleSpec:
+    """``tokens`` in all and ``length`` of one text, at most; ``rows`` texts are drawn together.
+
+    ``uniform``: tokens are drawn from the vocabulary, each as likely as any other, and no model is needed.
+    """
+
+    tokens: Annotated[int, Ge(8)] = 32768
+    length: Annotated[int, Ge(8)] = 256
+    rows: Annotated[int, Ge(1)] = 32
+    temperature: Annotated[float, Ge(0.01)] = 1.0
+    uniform: bool = False
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+
+    @property
+    def domain(self) -> str:
+        """What the text is called where it is one of several."""
+        return "uniform" if self.uniform else "own"
+
+
+@dataclass(frozen=True, kw_only=True)
 class HealSpec:
     """What heals a cut: the text, how much of it, and by which ``method`` ("none": only measure the damage).
 

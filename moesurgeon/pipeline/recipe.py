@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moesurgeon.errors import InputError
-from moesurgeon.pipeline.options import HealSpec, Running, Text
+from moesurgeon.pipeline.options import HealSpec, Running, SampleSpec, Text
 from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
@@ -78,10 +78,12 @@ class ProfileStep(BaseModel):
 
 
 class Step(BaseModel):
-    """One operation; exactly one key is given."""
+    """One operation; exactly one key is given. ``sample``: text that the recipe's checkpoint draws from itself, which
+    every later step heals on as well."""
 
     model_config = _STRICT
 
+    sample: SampleSpec | None = None
     retop: RetopStep | None = None
     profile: ProfileStep | None = None
     prune: PruneSpec | None = None
@@ -98,12 +100,17 @@ class Step(BaseModel):
     @model_validator(mode="after")
     def _is_one(self) -> Step:
         if len(self.model_fields_set) != 1:
-            raise ValueError("a step has exactly one key: retop, profile, prune or recover")
+            raise ValueError("a step has exactly one key: sample, retop, profile, prune or recover")
         return self
 
     @property
     def name(self) -> str:
         return next(iter(self.model_fields_set))
+
+    @property
+    def writes(self) -> bool:
+        """Whether a checkpoint comes of it."""
+        return self.profile is None and self.sample is None
 
     @property
     def heal(self) -> HealSpec | None:
@@ -141,11 +148,22 @@ class Recipe(BaseModel):
                     raise ValueError(
                         "reconstruction and curves follow from inner products: say profile: {inner: 4096} before prune"
                     )
-            taken = step.profile
+            taken = taken if step.sample else step.profile
         if not self.steps:
             raise ValueError("there are no steps; list at least one under steps")
-        if self.gate is not None and all(step.profile for step in self.steps):
-            raise ValueError("gate judges what the steps made, and they only profile; remove it or add a step")
+        if self.gate is not None and not any(step.writes for step in self.steps):
+            raise ValueError("gate judges what the steps made, and they make no checkpoint; remove it or add a step")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_for_healing(self) -> Recipe:
+        for number, step in enumerate(self.steps):
+            if step.sample is None:
+                continue
+            if any(before.sample and before.sample.domain == step.sample.domain for before in self.steps[:number]):
+                raise ValueError(f"there are two samples of the kind {step.sample.domain}; raise the tokens of one")
+            if not any(later.heal for later in self.steps[number:]):
+                raise ValueError("nothing heals on what sample writes: put it before a step with heal")
         return self
 
 

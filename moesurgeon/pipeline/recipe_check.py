@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
 from moesurgeon.pipeline.heal import check_heal
-from moesurgeon.pipeline.options import HealSpec, Writing
+from moesurgeon.pipeline.options import HealSpec, Text, Writing
 from moesurgeon.pipeline.prune_spec import PruneSpec, refuse_without_healing
-from moesurgeon.pipeline.recipe import Recipe
+from moesurgeon.pipeline.recipe import Recipe, Step
 from moesurgeon.pipeline.recover_adapter import refuse_adapter
+from moesurgeon.pipeline.sample import refuse_unsampled
 from moesurgeon.pipeline.stage_state import counts_of, heal_of
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.text import trace_specs, window_length
@@ -40,10 +42,15 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
     if recipe.gate:
         read_gate(subject, recipe.text, EvaluateSpec(gates=(recipe.gate,)), has_teacher=True)
     anatomy = subject.anatomy
+    own: list[str] = []
     for step in recipe.steps:
-        if step.heal:
-            check_heal(healing_of(recipe, step.heal))
-            if step.retop and step.heal.merge:
+        if step.sample:
+            refuse_unsampled(subject, step.sample, recipe.running)
+            own.append(step.sample.domain)
+        if healing := step_on(recipe, step).heal:
+            check_heal(healing)
+            _refuse_taken(own, healing)
+            if step.retop and healing.merge:
                 raise UsageError("heal: {merge: true} is for prune: retop drops no experts that could be folded")
         if step.prune:
             refuse_without_healing(step.prune.criterion, step.prune.heal)
@@ -60,6 +67,13 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
             if step.recover.log is not None and step.recover.log.exists():
                 raise UsageError(f"recover: {{log: {step.recover.log}}} exists; remove it or name another")
             refuse_without_gradient(anatomy, step.recover.losses, step.recover.adapt)
+
+
+def _refuse_taken(own: Sequence[str], healing: HealSpec) -> None:
+    """Raise UsageError if a trace has the name of a sample, ``own``, that is healed on beside it."""
+    for spec in trace_specs(Text(traces=healing.traces)):
+        if spec.domain in own:
+            raise UsageError(f"{spec.domain} is what sample writes: give the trace {spec.location} another name")
 
 
 def _pruned(anatomy: Anatomy, asked: PruneSpec) -> Anatomy:
@@ -90,11 +104,18 @@ def _any(anatomy: Anatomy, count: int) -> Kept:
     return best(scores, anatomy.moe_layers, count, anatomy.groups[0])
 
 
-def healing_of(recipe: Recipe, heal: HealSpec) -> HealSpec:
-    """Return ``heal`` with the recipe's text and first checkpoint (as teacher) where it names none."""
-    return replace(
-        heal,
-        traces=heal.traces or recipe.text.traces,
-        length=heal.length or recipe.text.length,
-        teacher=heal.teacher or recipe.checkpoint,
+def step_on(recipe: Recipe, step: Step, own: Sequence[str] = ()) -> Step:
+    """Return ``step`` with the recipe's text and first checkpoint (as teacher) for its healing, where it names none;
+    ``own``: traces that were sampled, to heal on as well."""
+    if step.heal is None:
+        return step
+    heal = replace(
+        step.heal,
+        traces=(*(step.heal.traces or recipe.text.traces), *own),
+        length=step.heal.length or recipe.text.length,
+        teacher=step.heal.teacher or recipe.checkpoint,
     )
+    if step.retop:
+        return step.model_copy(update={"retop": step.retop.model_copy(update={"heal": heal})})
+    assert step.prune is not None
+    return step.model_copy(update={"prune": replace(step.prune, heal=heal)})

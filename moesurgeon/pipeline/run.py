@@ -25,9 +25,10 @@ from moesurgeon.pipeline.options import Text, Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
 from moesurgeon.pipeline.recipe import Recipe, RecoverStep, Step, read_recipe
-from moesurgeon.pipeline.recipe_check import healing_of, refuse_impossible
+from moesurgeon.pipeline.recipe_check import refuse_impossible, step_on
 from moesurgeon.pipeline.recover import RecoverSpec, recover
 from moesurgeon.pipeline.retop import retop
+from moesurgeon.pipeline.sample import sample
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.traces.documents import Split
 
@@ -53,10 +54,17 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
     stages = [_measured(recipe, "original", recipe.checkpoint, folder / "usage" / "00-original", {}, progress)]
     append(folder / JOURNAL, stages[-1])
     current, taken = recipe.checkpoint, None
-    writing_steps = [number for number, step in enumerate(recipe.steps, start=1) if step.name != "profile"]
+    own: list[str] = []
+    writing_steps = [number for number, step in enumerate(recipe.steps, start=1) if step.writes]
     for number, step in enumerate(recipe.steps, start=1):
         progress.note(f"step {number} of {len(recipe.steps)}: {step.name}")
         place = folder / "stages" / f"{number:02d}-{step.name}"
+        if step.sample:
+            path = place.with_name(f"{place.name}-{step.sample.domain}.jsonl")
+            drawn = sample(recipe.checkpoint, path, step.sample, recipe.running, progress)
+            own.append(f"{step.sample.domain}={path}")
+            append(folder / JOURNAL, {"stage": step.name, **drawn, "path": str(path.relative_to(folder))})
+            continue
         if step.profile:
             text = replace(recipe.text, split=recipe.text.split or "calibration", max_tokens=step.profile.max_tokens)
             profile(current, ProfileOutput(output=place, inner=step.profile.inner), text, recipe.running, progress)
@@ -65,7 +73,7 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
             continue
         last = number == writing_steps[-1]
         target = folder / "checkpoint" if last else place
-        report = _write(recipe, step, current, taken, target, progress)
+        report = _write(recipe, step_on(recipe, step, own), current, taken, target, progress)
         bare = _bare(recipe, step, current, report, stages[0], progress)
         current, taken = str(target), None
         usage_folder = folder / "usage" / f"{number:02d}-{step.name}"
@@ -98,7 +106,6 @@ def _write(
     recipe: Recipe, step: Step, current: str, taken: Path | None, target: Path, progress: Progress
 ) -> Mapping[str, Any]:
     """Do one step that writes a checkpoint."""
-    heal = healing_of(recipe, step.heal) if step.heal else None
     if step.retop:
         foresight = Foresight(profile=step.retop.profile or taken)
         return retop(
@@ -107,12 +114,12 @@ def _write(
             Writing(output=target),
             progress,
             foresight=foresight,
-            heal=heal,
+            heal=step.heal,
             running=recipe.running,
         )
     if step.prune:
         spec = step.prune if step.prune.profile or step.prune.keep_experts else replace(step.prune, profile=taken)
-        return prune(current, replace(spec, heal=heal), Writing(output=target), progress, recipe.running)
+        return prune(current, spec, Writing(output=target), progress, recipe.running)
     assert step.recover is not None
     given = set(RecoverStep.model_fields) & {field.name for field in fields(RecoverSpec)}
     spec_ = RecoverSpec(teacher=recipe.checkpoint, **{name: getattr(step.recover, name) for name in given})

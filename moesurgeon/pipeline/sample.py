@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,13 @@ from moesurgeon.evaluation.sampled import sampled
 from moesurgeon.families.keys import count_of
 from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
 from moesurgeon.pipeline.journal import write_whole
-from moesurgeon.pipeline.options import Running
+from moesurgeon.pipeline.options import Running, SampleSpec
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.traces.tokenizer import load_detokenizer, load_tokenizer
 
 _EMPTY = 20
 """Batches without a single token after which a model is taken to say nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleSpec:
-    """``tokens`` in all and ``length`` of one text, at most; ``rows`` texts are drawn together.
-
-    ``uniform``: tokens are drawn from the vocabulary, each as likely as any other, and no model is needed.
-    """
-
-    tokens: int = 32768
-    length: int = 256
-    rows: int = 32
-    temperature: float = 1.0
-    uniform: bool = False
-    seed: int = 0
 
 
 def sample(
@@ -107,10 +91,35 @@ def sample(
     }
 
 
+def refuse_unsampled(subject: Subject, spec: SampleSpec, running: Running) -> None:
+    """Raise what :func:`sample` would raise before it draws anything."""
+    load_detokenizer(subject.root)
+    if not spec.uniform:
+        with ExitStack() as stack:
+            placement = place(running.device, running.dtype, subject.stored_dtype)
+            _opened(subject, spec, placement, running.max_memory, stack)
+
+
 def _own(
     subject: Subject, spec: SampleSpec, placement: Placement, max_memory: int | None, stack: ExitStack
 ) -> Iterator[list[list[int]]]:
     """Return what the model of ``subject`` draws; it is in memory until ``stack`` is closed."""
+    source, beginning, ends = _opened(subject, spec, placement, max_memory, stack)
+    return sampled(
+        stack.enter_context(whole(source)),
+        beginning,
+        spec.length,
+        ends,
+        rows=spec.rows,
+        temperature=spec.temperature,
+        seed=spec.seed,
+    )
+
+
+def _opened(
+    subject: Subject, spec: SampleSpec, placement: Placement, max_memory: int | None, stack: ExitStack
+) -> tuple[Source, list[int], list[int]]:
+    """Return the source of ``subject``, of which nothing is read yet, how a text begins and what ends it."""
     ends = ends_of(subject)
     beginning = beginning_of(subject, ends)
     most = context_length(subject.anatomy) - len(beginning)
@@ -122,15 +131,7 @@ def _own(
     cache = 2 * positions * subject.anatomy.layers * subject.anatomy.hidden * placement.dtype.itemsize
     share_out(max_memory, [source], [], work=cache)
     require_resident(source, "sample without --uniform")
-    return sampled(
-        stack.enter_context(whole(source)),
-        beginning,
-        spec.length,
-        ends,
-        rows=spec.rows,
-        temperature=spec.temperature,
-        seed=spec.seed,
-    )
+    return source, beginning, ends
 
 
 def uniform(vocabulary: int, spec: SampleSpec) -> Iterator[list[list[int]]]:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from moesurgeon.evaluation.sampled import sampled
-from moesurgeon.pipeline.sample import SampleSpec, uniform
+from moesurgeon.pipeline.options import SampleSpec
+from moesurgeon.pipeline.sample import uniform
 from tests.engine.small import small_model
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from moesurgeon.errors import InputError
 from moesurgeon.healing.pace import Pace
-from moesurgeon.pipeline.options import HealSpec, Running, Text
+from moesurgeon.pipeline.options import HealSpec, Running, SampleSpec, Text
 from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.recipe import Recipe, RecoverStep, RetopStep, read_recipe
 from moesurgeon.recovery.objective import Losses
@@ -33,6 +33,8 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
         running: {device: cpu, dtype: float32}
         report_tokens: 2000
         steps:
+          - sample: {tokens: 2000, length: 32, rows: 8, temperature: 0.9, seed: 4}
+          - sample: {uniform: true}
           - retop: {top_k: 2, heal: {method: ridge, traces: [heal.txt], max_tokens: 900, length: 64, teacher: t}}
           - profile: {max_tokens: 3000}
           - prune: {keep: 6, criterion: ean, seed: 3, heal: {heldout_tokens: 800, pace: {steps: 9, router: true}}}
@@ -55,18 +57,23 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
     assert recipe.text == Text(traces=("a.jsonl", "code=b.txt"), split="calibration", max_tokens=1000, length=128)
     assert recipe.running == Running(device="cpu", dtype="float32")
     assert recipe.report_tokens == 2000
-    assert [step.name for step in recipe.steps] == [
+    assert [step.name for step in recipe.steps[:2]] == ["sample", "sample"]
+    assert recipe.steps[0].sample == SampleSpec(tokens=2000, length=32, rows=8, temperature=0.9, seed=4)
+    assert recipe.steps[1].sample == SampleSpec(uniform=True)
+    steps = recipe.steps[2:]
+    assert [step.writes for step in recipe.steps[:4]] == [False, False, True, False]
+    assert [step.name for step in steps] == [
         "retop", "profile", "prune", "prune", "profile", "prune", "recover"
     ]  # fmt: skip
-    assert recipe.steps[0].retop is not None and recipe.steps[0].retop.spec == RetopSpec(top_k=2)
+    assert steps[0].retop is not None and steps[0].retop.spec == RetopSpec(top_k=2)
     heal = HealSpec(traces=("heal.txt",), method="ridge", teacher="t", max_tokens=900, length=64)
-    assert recipe.steps[0].heal == heal
+    assert steps[0].heal == heal
     distill = HealSpec(heldout_tokens=800, pace=Pace(steps=9, router=True))
-    assert recipe.steps[2].prune == PruneSpec(keep=6, criterion="ean", seed=3, heal=distill)
-    assert recipe.steps[2].heal == distill and [step.heal for step in recipe.steps[3:]] == [None] * 4
-    assert recipe.steps[3].prune == PruneSpec(keep_experts=Path("kept.json"))
-    assert recipe.steps[5].prune == PruneSpec(ratio=0.1, protect=("code=0.3", "low-support"), virtual=True)
-    recover = recipe.steps[6].recover
+    assert steps[2].prune == PruneSpec(keep=6, criterion="ean", seed=3, heal=distill)
+    assert steps[2].heal == distill and [step.heal for step in steps[3:]] == [None] * 4
+    assert steps[3].prune == PruneSpec(keep_experts=Path("kept.json"))
+    assert steps[5].prune == PruneSpec(ratio=0.1, protect=("code=0.3", "low-support"), virtual=True)
+    recover = steps[6].recover
     assert recover is not None
     assert recover.losses == Losses(objective="lm", balance=0.5, temperature=2.0, router=0.1, hidden=0.2, z=0.3)
     assert (recover.adapt, recover.changed, recover.log) == (("full-routers", "experts"), 0.1, Path("steps.csv"))
@@ -140,6 +147,25 @@ def test_error_names_the_file_and_the_place(tmp_path: Path) -> None:
 def test_healing_that_cannot_be(heal: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=says):
         _read(tmp_path, f"checkpoint: c\nsteps: [{{retop: {{heal: {heal}}}}}]")
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ("{sample: {}}, {retop: {}}", "nothing heals on what sample writes"),
+        ("{retop: {heal: {}}}, {sample: {}}", "nothing heals on what sample writes"),
+        ("{sample: {}}, {sample: {seed: 1}}, {retop: {heal: {}}}", "two samples of the kind own"),
+        ("{sample: {tokens: 3}}, {retop: {heal: {}}}", r"steps\.0\.sample\.tokens"),
+        ("{profile: {}}, {sample: {}}, {prune: {keep: 6, heal: {}}}", None),  # the profile is as good as before
+    ],
+)
+def test_what_is_sampled_is_for_healing(steps: str, says: str | None, tmp_path: Path) -> None:
+    text = f"checkpoint: c\nsteps: [{steps}]"
+    if says is None:
+        _read(tmp_path, text)
+    else:
+        with pytest.raises(InputError, match=says):
+            _read(tmp_path, text)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

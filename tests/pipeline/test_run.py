@@ -261,6 +261,47 @@ def test_healing_has_the_recipe_s_text_and_teacher(out: Path, tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("cheap")
+def test_what_is_sampled_is_healed_on_from_then_on(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the checkpoint that the recipe begins with, whatever is cut by then."""
+    seen: list[tuple[str, ...]] = []
+    monkeypatch.setattr(module, "retop", lambda *_given, heal, **_others: seen.append(heal.traces) or {})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"checkpoint: {BUILTIN[0]}\ntext: {{traces: [js=builtin:json]}}\nsteps:\n"
+        "  - sample: {tokens: 300, length: 100, rows: 4, uniform: true}\n"
+        "  - retop: {heal: {}}\n"
+        "  - sample: {tokens: 200, length: 50, rows: 4}\n"
+        "  - retop: {heal: {traces: [builtin:logs]}}\n"
+    )
+    run(path, RunOutput(output=out))
+    uniform, own = (out / "stages" / name for name in ("01-sample-uniform.jsonl", "03-sample-own.jsonl"))
+    assert seen == [
+        ("js=builtin:json", f"uniform={uniform}"),
+        ("builtin:logs", f"uniform={uniform}", f"own={own}"),
+    ]
+    assert all(json.loads(line)["text"] for file in (uniform, own) for line in file.read_text().splitlines())
+    journal = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["path"]) for line in journal if "texts" in line] == [
+        ("sample", "stages/01-sample-uniform.jsonl"), ("sample", "stages/03-sample-own.jsonl")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ("{sample: {length: 513}}, {retop: {heal: {}}}", "does not fit into the context"),
+        ("{sample: {}}, {retop: {heal: {traces: ['own=builtin:json']}}}", "own is what sample writes"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused_at_once(steps: str, says: str, out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"checkpoint: {BUILTIN[0]}\nsteps: [{steps}]\n")
+    with pytest.raises(UsageError, match=says):
+        run(path, RunOutput(output=out))
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("cheap")
 def test_profile_alone_is_a_recipe(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(module, "profile", lambda *arguments: seen.append(arguments[2]))
