@@ -41,8 +41,8 @@ from moesurgeon.pipeline.subject import open_subject  # noqa: E402
 
 CRITERIA = ("frequency", "gate", "ean", "man", "reap", "traffic-reap", "random", "reconstruction", "healed", PEER)
 # What has to be the same where a run goes on.
-FIXED = ("tokens", "profile_tokens", "inner", "heldout_tokens", "report_tokens", "steps", "tokens_per_step", "corpora",
-         "beside")  # fmt: skip
+FIXED = ("tokens", "profile_tokens", "inner", "heldout_tokens", "report_tokens", "fresh", "steps",
+         "tokens_per_step", "corpora", "beside")  # fmt: skip
 
 
 def main() -> None:
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--profile-tokens", type=int, default=98304)
     parser.add_argument("--inner", type=int, default=4096, help="tokens of the inner products")
     parser.add_argument("--heldout-tokens", type=int, default=16384, help="that judge the healing")
+    parser.add_argument("--fresh", action="store_true", help="report on builtin documents that the default leaves out")
     parser.add_argument("--report-tokens", type=int, help="default: 49152 of builtin traces, all of corpora")
     parser.add_argument("--steps", type=int, default=600, help="of the distillation, for each layer")
     parser.add_argument("--tokens-per-step", type=int, default=2048)
@@ -87,7 +88,7 @@ def measure_checkpoint(checkpoint: str, given: argparse.Namespace, rows: Rows) -
     name = checkpoint.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
     placement = place(RUNNING.device, RUNNING.dtype, subject.stored_dtype)
     with Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement) as source:
-        judge = Judge(subject, words.report, source)
+        judge = Judge(subject, words, source)
         rows.know(name, subject, judge.text)
         for without in [None, *given.without]:
             for seed in range(given.seeds):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ from moesurgeon.pipeline.options import Text
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.text import read_text, window_length
 from moesurgeon.traces.builtin import BUILTIN_TRACES
+from moesurgeon.traces.windows import Corpus, Window
+
+REPORT_TOKENS = 49152
+FRESH_TOKENS = 180000
+"""As many of the report split, of which what is seen is left out."""
 
 
 class Rows:
@@ -57,11 +62,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Words:
-    """What a checkpoint is calibrated and reported on; ``split`` None: that of builtin traces for each purpose."""
+    """What a checkpoint is calibrated and reported on; ``split`` None: that of builtin traces for each purpose.
+
+    ``seen``: text of whose documents none is to be in the report, since something was chosen by looking at it.
+    """
 
     traces: dict[str, str]
     split: str | None
     report: Text
+    seen: Text | None = None
 
     def calibration(self, without: str | None) -> tuple[str, ...]:
         if without is not None and without not in self.traces:
@@ -72,8 +81,12 @@ class Words:
 def words_for(checkpoint: str, given: argparse.Namespace) -> Words:
     if given.corpora is None or checkpoint.startswith("builtin:"):
         traces = {name: f"builtin:{name}" for name in BUILTIN_TRACES}
-        tokens = given.report_tokens or 49152
-        return Words(traces, None, Text(traces=tuple(traces.values()), split="report", max_tokens=tokens))
+        seen = Text(traces=tuple(traces.values()), split="report", max_tokens=REPORT_TOKENS)
+        if given.fresh:
+            return Words(traces, None, replace(seen, max_tokens=given.report_tokens or FRESH_TOKENS), seen)
+        return Words(traces, None, replace(seen, max_tokens=given.report_tokens or REPORT_TOKENS))
+    if given.fresh:
+        raise SystemExit("--fresh is for builtin checkpoints: name other --corpora")
     folders = sorted(path.parent for path in Path(given.corpora).glob("*/train.jsonl.gz"))
     if not folders:
         raise SystemExit(f"{given.corpora} has no DOMAIN/train.jsonl.gz")
@@ -82,12 +95,28 @@ def words_for(checkpoint: str, given: argparse.Namespace) -> Words:
     return Words(traces, "calibration", Text(traces=valid, split="all", max_tokens=given.report_tokens))
 
 
+def report_of(subject: Subject, words: Words) -> Corpus:
+    """Return the text to report on."""
+    corpus = read_text(subject, words.report, builtin_split="report")
+    if words.seen is None:
+        return corpus
+    seen = {_text(window) for window in read_text(subject, words.seen, builtin_split="report").windows}
+    known = {(window.domain, window.document) for window in corpus.windows if _text(window) in seen}
+    windows = [window for window in corpus.windows if (window.domain, window.document) not in known]
+    tokens = {name: sum(len(each.tokens) for each in windows if each.domain == name) for name in corpus.domains}
+    return replace(corpus, windows=windows, tokens=tokens)
+
+
+def _text(window: Window) -> tuple[str, bytes]:
+    return window.domain, window.tokens.tobytes()
+
+
 class Judge:
     """A checkpoint opened once with the report text, of which each cut's losses are taken by document."""
 
-    def __init__(self, subject: Subject, text: Text, source: Source) -> None:
-        self.corpus, self.source = read_text(subject, text, builtin_split="report"), source
-        rows = rows_for(window_length(subject, text))
+    def __init__(self, subject: Subject, words: Words, source: Source) -> None:
+        self.corpus, self.source = report_of(subject, words), source
+        rows = rows_for(window_length(subject, words.report))
         self.batches = list(batches_of(self.corpus, rows=rows, tokens=BATCH_TOKENS, device=source.placement.device))
         uncut = measure(Stream(source), self.corpus.domains, self.batches)
         keys = np.stack([uncut.domain, uncut.document], axis=1)

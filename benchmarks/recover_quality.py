@@ -43,8 +43,9 @@ from moesurgeon.recovery.schedule import Schedule  # noqa: E402
 
 BUILTIN = {"builtin:tiny-mixtral": (1,), "builtin:tiny-deepseek": (2, 1)}
 # What has to be the same where a run goes on.
-FIXED = ("heal_tokens", "heal_steps", "tokens", "budget", "split", "heldout_tokens", "report_tokens", "corpora",
-         "steps", "tokens_per_step", "learning_rate", "expert_rate", "rank", "candidates", "control_rate")  # fmt: skip
+FIXED = ("heal_tokens", "heal_steps", "tokens", "budget", "split", "heldout_tokens", "report_tokens", "fresh",
+         "corpora", "steps", "tokens_per_step", "learning_rate", "expert_rate", "rank", "candidates",
+         "control_rate")  # fmt: skip
 
 
 def main() -> None:
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--budget", action="append", default=[], metavar="NAME=TOKENS", help="of one domain of them")
     parser.add_argument("--split", choices=["calibration", "train"], default="calibration", help="to recover on")
     parser.add_argument("--heldout-tokens", type=int, default=32768, help="of the validation split, that judge")
+    parser.add_argument("--fresh", action="store_true", help="report on builtin documents that the default leaves out")
     parser.add_argument("--report-tokens", type=int, help="default: 49152 of builtin traces, all of corpora")
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--tokens-per-step", type=int, default=default.tokens_per_step)
@@ -97,7 +99,7 @@ def main() -> None:
 def measure_checkpoint(checkpoint: str, given: argparse.Namespace, rows: Rows, folder: Path) -> None:
     subject, words = open_subject(checkpoint), words_for(checkpoint, given)
     name = checkpoint.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
-    referee = Referee(subject, words.report)
+    referee = Referee(subject, words)
     rows.know(name, subject, referee.text)
     for top_k in given.top_k or BUILTIN.get(checkpoint, (1,)):
         operation = Operation(subject, name, top_k, words, referee, given=given, rows=rows, folder=folder / name)

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.quality_cuts import RUNNING
 from benchmarks.quality_report import Row
-from benchmarks.quality_text import Rows, Words
+from benchmarks.quality_text import Rows, Words, report_of
 from benchmarks.recover_control import control
 from benchmarks.recover_report import Results, told
 from moesurgeon.engine.device import place
@@ -78,9 +78,9 @@ WAYS = {
 class Referee:
     """The report text and what the original makes of it."""
 
-    def __init__(self, subject: Subject, text: Text) -> None:
-        self.corpus = read_text(subject, text, builtin_split="report")
-        self.length = window_length(subject, text)
+    def __init__(self, subject: Subject, words: Words) -> None:
+        self.corpus = report_of(subject, words)
+        self.length = window_length(subject, words.report)
         uncut = self.judged(subject)
         measured = uncut.measured
         keys = np.stack([measured.domain, measured.document], axis=1)

@@ -24,6 +24,7 @@ from tests.engine.small import VOCABULARY, corpus_of, running, saved, small_mode
 
 LENGTH = 32
 SHORT = Schedule(steps=2, tokens_per_step=64, judge_every=2)
+QUICK = Schedule(steps=4, tokens_per_step=128, judge_every=2, learning_rate=1e-2)
 
 
 def recovered_to(source: str, teacher: str, output: Path, **changes: Any) -> dict[str, Any]:
