@@ -24,6 +24,7 @@ def heal_spec(
     router: bool,
     rank: int | None,
     teacher: str | None,
+    sample: int | None = None,
     merge: bool = False,
 ) -> HealSpec | None:
     """Return what heals, or None where no text was named."""
@@ -41,6 +42,7 @@ def heal_spec(
         teacher=teacher,
         max_tokens=tokens,
         heldout_tokens=heldout,
+        sample=sample,
         merge=merge,
         pace=pace,
     )

@@ -107,6 +107,15 @@ Merge = Annotated[
         help="Fold each dropped expert into the survivor most like it, in the layers where that heals better (--heal).",
     ),
 ]
+HealSample = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=2**63 - 1,
+        metavar="SEED",
+        help="Heal on a uniform sample of all documents by this seed. Default: the first ones.",
+    ),
+]
 HealTeacher = Annotated[
     str | None,
     typer.Option(metavar="CKPT", help="The checkpoint that healing comes back to. Default: the one that is cut."),

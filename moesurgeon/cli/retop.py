@@ -60,6 +60,7 @@ def command(
     heal_router: options.HealRouter = False,
     heal_rank: options.HealRank = None,
     heal_teacher: options.HealTeacher = None,
+    heal_sample: options.HealSample = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_memory: options.MaxMemory = None,
@@ -98,6 +99,7 @@ def command(
             router=heal_router,
             rank=heal_rank,
             teacher=heal_teacher,
+            sample=heal_sample,
         )
         foresight = Foresight(profile=profile, per_layer=per_layer, average=per_layer_average, out=per_layer_out)
         return retop(

@@ -104,6 +104,19 @@ def test_routers_and_ranks_on_request(out: Path, tmp_path: Path) -> None:
     assert record["pace"]["rank"] == 16 and record["pace"]["router"] is True
 
 
+def test_a_sample_of_the_documents_heals_on_request(out: Path) -> None:
+    def hashes(*options: str) -> tuple[str, str]:
+        arguments = ("--calibrate", "builtin:json", "--heal-method", "scale", *LITTLE, *options)
+        report = succeeded("retop", MIXTRAL, out, "--overwrite", "--json", *arguments).json
+        (record,) = (step for step in report["plan"]["operations"] if step["operation"] == "heal")
+        return record["traces"]["json"], record["heldout_traces"]["json"]
+
+    first, judged = hashes()
+    sampled = {hashes("--heal-sample", seed) for seed in ("1", "2")}
+    assert len({first, *(learnt for learnt, _ in sampled)}) == 3
+    assert {by for _, by in sampled} == {judged}
+
+
 def test_none_and_nothing_to_heal(out: Path) -> None:
     shown = succeeded("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--heal-method", "none", *LITTLE).out
     assert "bare" in shown and "replace" not in shown and "left out" not in shown and "of the gap" not in shown
