@@ -33,7 +33,8 @@ def command(
         typer.Option(
             metavar="WHAT",
             help="What is trained: routers or experts (low-rank adapters on the routers, on the experts' down "
-            "projections), full-routers (their weights), experts-all (adapters on all matrices). Repeat for more.",
+            "projections), full-routers (their weights), experts-all (adapters on all matrices of all experts, shared "
+            "ones too). Repeat for more.",
         ),
     ] = ["experts-all"],  # noqa: B006 - typer copies it
     adapter: Annotated[

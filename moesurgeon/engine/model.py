@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,14 @@ def moe_blocks(model: nn.Module, anatomy: Anatomy) -> list[MoeBlock]:
             )
         )
     return blocks
+
+
+def shared_experts(block: MoeBlock) -> tuple[str, Any] | None:
+    """Return name and module of the shared experts, if there are any in the block."""
+    for name, module in block.module.named_children():
+        if name.startswith("shared") and any(module.children()):  # not the gate on Qwen2-MoE's
+            return name, module
+    return None
 
 
 def context_length(anatomy: Anatomy) -> int:

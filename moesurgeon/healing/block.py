@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from moesurgeon.engine.model import MoeBlock
+from moesurgeon.engine.model import MoeBlock, shared_experts
 from moesurgeon.healing.data import BlockData
 from moesurgeon.healing.exact import sum_of_squares
 
@@ -64,14 +64,6 @@ def missing_of(block: MoeBlock, values: Values, data: BlockData, into: torch.Ten
     for rows, inputs, target in data.chunks(CHUNK, _device_of(block)):
         into[rows] = (target.float() - output_of(block, values, inputs).float()).to(into.device)
     return into
-
-
-def shared_experts(block: MoeBlock) -> tuple[str, Any] | None:
-    """Return name and module of the shared experts, if there are any in the block."""
-    for name, module in block.module.named_children():
-        if name.startswith("shared") and any(module.children()):  # not the gate on Qwen2-MoE's
-            return name, module
-    return None
 
 
 def experts_name(block: MoeBlock) -> str:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moesurgeon.engine.model import MoeBlock
-from moesurgeon.healing.block import experts_name, missing_of, own_values, shared_experts
+from moesurgeon.engine.model import MoeBlock, shared_experts
+from moesurgeon.healing.block import experts_name, missing_of, own_values
 from moesurgeon.healing.data import BlockData
 from moesurgeon.healing.exact import exact_device, factor
 from moesurgeon.healing.normal import Chunks, leading_directions, ridge_solutions, sums_of

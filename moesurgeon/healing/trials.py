@@ -17,9 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moesurgeon.engine.model import MoeBlock
+from moesurgeon.engine.model import MoeBlock, shared_experts
 from moesurgeon.engine.routing import Routing, selection_bias
-from moesurgeon.healing.block import shared_experts
 from moesurgeon.healing.ridge import LAMBDAS
 from moesurgeon.healing.sample import Sample
 

@@ -187,7 +187,11 @@ class Adapted:
     def _only(self, target: Target, experts: frozenset[int]) -> None:
         """Let gradients through to these experts of ``target`` alone."""
         down, up = self._trained(target)
-        count = len(self._stored(target))
+        if (stored := self._stored(target)).dim() == 2:  # a shared one
+            down.register_hook(torch.zeros_like)
+            up.register_hook(torch.zeros_like)
+            return
+        count = len(stored)
         chosen = torch.tensor([float(expert in experts) for expert in range(count)], device=down.device)
         rank = len(down) // count
         rows, columns = chosen.repeat_interleave(rank)[:, None], chosen.repeat(rank)[None]

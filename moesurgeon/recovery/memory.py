@@ -11,7 +11,7 @@ from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.result import Training
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.targets import parts_of
-from moesurgeon.runtime.cost import count_parameters
+from moesurgeon.runtime.cost import count_flops, count_parameters
 from moesurgeon.surgery.anatomy import Anatomy
 
 
@@ -74,6 +74,9 @@ def _trained(anatomy: Anatomy, adapt: Sequence[str], rank: int) -> tuple[int, in
     if "experts-all" in adapt:
         trained += layers * experts * rank * (hidden + 2 * wide)
         merged += 2 * layers * experts * hidden * wide
+        shared = count_flops(anatomy).shared_experts // 2
+        merged += shared
+        trained += rank * (3 * layers * hidden + shared // hidden) if shared else 0
     return trained, merged
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from moesurgeon.engine.loading import DTYPES
-from moesurgeon.engine.model import moe_blocks
+from moesurgeon.engine.model import MoeBlock, moe_blocks, shared_experts
 from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.surgery.anatomy import Anatomy
 
 Adapt = Literal["routers", "full-routers", "experts", "experts-all"]
 """``routers``: low-rank adapters on them; ``full-routers``: their weights themselves; ``experts``: low-rank adapters
-on the down projections; ``experts-all``: on all three matrices."""
+on the down projections of those that are chosen; ``experts-all``: on all matrices of all experts, shared ones too."""
 Kind = Literal["lora", "adalora"]
 """Of the routers' adapters: all of one rank, or ranks that are dealt out among the routers while they are trained."""
 Part = Literal["routers", "experts"]
@@ -26,7 +26,7 @@ PARTS: tuple[Part, ...] = ("routers", "experts")
 WRITABLE = ("BF16", "F16", "F32")
 """The dtypes, as safetensors spells them, in which something trained can be written."""
 Experts = Mapping[int, frozenset[int]]
-"""By layer, the experts that are trained."""
+"""By layer, the experts that are trained, of those that are chosen; shared ones are not, then."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,21 @@ def targets_of(model: nn.Module, anatomy: Anatomy, adapt: Sequence[Adapt]) -> li
                     )
                 name = f"{block.name}.{anatomy.family.experts_module}.{parameter}"
                 found.append(Target(name, block.layer, "experts", block.experts, parameter, True))
+            if "experts-all" in adapt:
+                found += _shared(block)
     return found
+
+
+def _shared(block: MoeBlock) -> list[Target]:
+    """Return the matrices of the experts that every token goes to."""
+    shared = shared_experts(block)
+    if shared is None:
+        return []
+    return [
+        Target(f"{block.name}.{shared[0]}.{name}.weight", block.layer, "experts", module, "weight", True)
+        for name, module in shared[1].named_modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def refuse_unwritable(student: Stream, targets: Sequence[Target]) -> None:

@@ -8,7 +8,7 @@ import torch
 from moesurgeon.engine.batches import Batch
 from moesurgeon.engine.device import Placement
 from moesurgeon.engine.model import logits_of as our_logits
-from moesurgeon.engine.model import moe_blocks
+from moesurgeon.engine.model import moe_blocks, shared_experts
 from moesurgeon.engine.observe import observed, replays
 from moesurgeon.engine.routing import routing_of
 from moesurgeon.engine.streams import Source, Stream
@@ -79,7 +79,8 @@ def test_what_runs_is_measured_and_learns(stock: Stock, name: str) -> None:
         # Merged under the names and in the shapes of the checkpoint's tensors, the weights are what ran.
         plain = load_model(subject.checkpoint, subject.anatomy, Placement(torch.device("cpu"), torch.float32))
         merged, places = dict(adapted.merged()), Stream(source_of(subject))
-        assert len(merged) == 3 * len(subject.anatomy.moe_layers)
+        shared = [shared_experts(block) for block in moe_blocks(model, subject.anatomy)]
+        assert len(merged) == sum(3 if found is None else 6 for found in shared)
         for parameter, weight in merged.items():
             assert torch.equal(places.as_stored(parameter, weight), weight)
             plain.get_parameter(parameter).data.copy_(weight)
