@@ -199,7 +199,7 @@ def bars(results: Results) -> list[dict[str, Any]]:
             )  # fmt: skip
         found += _against_others(results, text, of, best)
         found += _unseen(results, text, name)
-    return found
+    return found + _on_average(results)
 
 
 def _strongest(methods: Sequence[str]) -> str | None:
@@ -217,6 +217,28 @@ def _against_others(results: Results, text: Judged, of: dict[str, Any], best: st
         if other != "healed" and theirs is not None:
             told = f"{of['checkpoint']}: after {best}, perplexity by healed over that by {other}, less 1, at most 0"
             found.append(bar_of(told, difference(text, mine, theirs), 0.0, at_least=False))
+    return found
+
+
+def _on_average(results: Results) -> list[dict[str, Any]]:
+    """The same over all counts and checkpoints together, each checkpoint as much as another."""
+    best = _strongest(results.values("method"))
+    found = []
+    for other in results.values("criterion", method=best):
+        cuts, away, weights = 0, [], []
+        for name, text in results.texts.items():
+            pairs = [
+                [results.mean(checkpoint=name, share=share, criterion=each, method=best) for each in ("healed", other)]
+                for share in results.values("share", checkpoint=name)
+            ]
+            differences = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+            if differences and other != "healed":
+                cuts += len(differences)
+                away.append(np.mean(differences, axis=0) / text.positions.sum())
+                weights.append(text.positions / text.positions.sum())
+        if cuts > 1:
+            told = f"{cuts} cuts on average: after {best}, perplexity by healed over that by {other}, less 1, at most 0"
+            found.append(bar_of(told, _ratio(np.concatenate(away), np.concatenate(weights)), 0.0, at_least=False))
     return found
 
 

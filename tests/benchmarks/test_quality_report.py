@@ -59,6 +59,19 @@ def test_bars(reap: float, healed: float, met: bool) -> None:
     assert gap["text"].endswith("met" if met else "MISSED")
 
 
+def test_healed_is_held_against_others_over_all_cuts() -> None:
+    """Worse at a quarter by less than it is better at a half: better on average."""
+    first = _rows({"reap": 0.10, "healed": 0.12})
+    second = [{**row, "share": 0.5} for row in _rows({"reap": 0.20, "healed": 0.16}) if "losses" in row]
+    *_, last = bars(Results(first + second))
+    assert last["name"].startswith("2 cuts on average") and last["met"]
+    gap = (BARE - TEACHER).sum() / POSITIONS.sum() * 1.1
+    assert last["value"] == pytest.approx(np.expm1(gap * (0.12 - 0.10 + 0.16 - 0.20) / 2))
+    others = [{**row, "checkpoint": "n", "text": "n"} if "text" in row else {**row, "checkpoint": "n"} for row in first]
+    *_, last = bars(Results(first + second + others))
+    assert last["value"] == pytest.approx(np.expm1(gap * ((0.02 - 0.04) / 2 + 0.02) / 2)) and not last["met"]
+
+
 def test_a_domain_that_was_left_out_is_judged_by_itself() -> None:
     rows = _rows({"reap": 0.05})
     for row in [row for row in rows if "losses" in row]:
