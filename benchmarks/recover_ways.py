@@ -53,6 +53,11 @@ class Way:
     def has_seed(self) -> bool:
         return self.heal == "distill" or bool(self.adapt) or self.is_control
 
+    @property
+    def start(self) -> Way:
+        """What the end-to-end recovery begins from, a way of its own."""
+        return replace(self, adapt=(), balance=None, is_control=False)
+
 
 EXPERTS: tuple[Adapt, ...] = ("experts-all",)
 BOTH: tuple[Adapt, ...] = ("routers", "experts-all")
@@ -143,7 +148,7 @@ class Operation:
 
     def _measured(self, way: Way, seed: int) -> Row:
         if way.adapt or way.is_control:  # what it starts from is a row of its own, with its own cost
-            start = self._start(replace(way, adapt=(), is_control=False), seed)
+            start = self._start(way.start, seed)
         started, used = time.monotonic(), time.process_time()
         facts: Row = {}
         if way.is_control:

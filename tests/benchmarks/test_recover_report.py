@@ -109,3 +109,7 @@ def test_the_control_changes_routers_alone(family: str, tmp_path: Path) -> None:
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith("gate.weight")}
+
+
+def test_every_way_begins_from_one_that_is_measured() -> None:
+    assert all(way.start in WAYS.values() for way in WAYS.values())
