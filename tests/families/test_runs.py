@@ -61,6 +61,7 @@ def test_what_runs_is_measured_and_learns(stock: Stock, name: str) -> None:
     walk.through()
     for tail in walk.tail():
         assert torch.allclose(tail.logits(stream, 0, 0, 20), expected, atol=1e-5)
+    shared = [shared_experts(block) for block in moe_blocks(model, subject.anatomy)]
     with learning_routers(model, subject.anatomy, candidates=None) as learning:
         adapted = Adapted(model, targets_of(model, subject.anatomy, ("routers", "experts-all")), rank=2)
         logits = adapted.model(input_ids=tokens, use_cache=False).logits
@@ -79,7 +80,6 @@ def test_what_runs_is_measured_and_learns(stock: Stock, name: str) -> None:
         # Merged under the names and in the shapes of the checkpoint's tensors, the weights are what ran.
         plain = load_model(subject.checkpoint, subject.anatomy, Placement(torch.device("cpu"), torch.float32))
         merged, places = dict(adapted.merged()), Stream(source_of(subject))
-        shared = [shared_experts(block) for block in moe_blocks(model, subject.anatomy)]
         assert len(merged) == sum(3 if found is None else 6 for found in shared)
         for parameter, weight in merged.items():
             assert torch.equal(places.as_stored(parameter, weight), weight)

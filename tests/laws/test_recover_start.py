@@ -74,8 +74,9 @@ def _assert_starts_from_the_edited_model(
         assert torch.equal(logits_of(model, tokens, None), edited)
         assert len(learning.routed) == len(subject.anatomy.moe_layers)
         trained = [name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad]
-        assert all(".gate." in name or ".experts." in name for name in trained)
-        assert len(trained) == len(adapted.weights()) == len(subject.anatomy.moe_layers) * tensors
+        assert all(".gate." in name or "experts." in name or "expert." in name for name in trained)
+        shared = 6 if "experts-all" in adapt and subject.anatomy.shared_experts else 0
+        assert len(trained) == len(adapted.weights()) == len(subject.anatomy.moe_layers) * (tensors + shared)
 
 
 def test_the_routers_are_restored_even_after_an_error(tmp_path: Path) -> None:
