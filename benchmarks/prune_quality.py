@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="report on builtin documents that the default leaves out")
     parser.add_argument("--report-tokens", type=int, help="default: 49152 of builtin traces, all of corpora")
     parser.add_argument("--steps", type=int, default=600, help="of the distillation, for each layer")
-    parser.add_argument("--tokens-per-step", type=int, default=2048)
+    parser.add_argument("--tokens-per-step", type=int, default=2048, help="of the distillation")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", type=Path, help="a JSONL file that keeps every row, and that is gone on with")
     parser.add_argument("--json", type=Path, help="also write the JSON object here")

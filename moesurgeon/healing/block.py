@@ -125,13 +125,16 @@ def _compiles_by_shape(inputs: torch.Tensor) -> bool:
 
 
 def _padded(of_expert: torch.Tensor, token: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the same with tokens of weight zero, so that each expert has a multiple of ``ROWS``."""
+    """Return the same with an expert's first token again, of weight zero, so that each has a multiple of ``ROWS``.
+
+    One of its own: another's might overflow in it, and infinity times zero is not zero.
+    """
     rounded = (of_expert + ROWS - 1) // ROWS * ROWS
     added = rounded - of_expert
     at = torch.arange(len(token)) + (added.cumsum(0) - added).repeat_interleave(of_expert)
-    total = int(rounded.sum())
+    firsts = (of_expert.cumsum(0) - of_expert).clamp(max=len(token) - 1)  # of an expert without tokens none is taken
     return (
         rounded,
-        token.new_zeros(total).index_copy(0, at, token),
-        weights.new_zeros(total, 1).index_copy(0, at, weights),
+        token[firsts].repeat_interleave(rounded).index_copy(0, at, token),
+        weights.new_zeros(int(rounded.sum()), 1).index_copy(0, at, weights),
     )

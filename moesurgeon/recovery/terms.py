@@ -62,10 +62,11 @@ class Terms:
         chosen = routed.chosen[self.pieces[number].is_text.flatten()].flatten()
         _add(self.choices, layer, chosen.bincount(minlength=routed.logits.shape[-1]))
 
+    @torch.no_grad()
     def see_hidden(self, layer: int, number: int, states_BTH: torch.Tensor, wanted_NH: torch.Tensor) -> None:
         """Take down what came out of a layer of a piece, beside what the teacher has there."""
         _add(self.sizes, layer, wanted_NH.float().square().sum())
-        _add(self.away, layer, self._away(number, states_BTH, wanted_NH).detach())
+        _add(self.away, layer, self._away(number, states_BTH, wanted_NH))
 
     def at_the_end(self, number: int, logits_BTV: torch.Tensor, said: Said) -> torch.Tensor:
         """Return what a piece's logits add to the objective."""

@@ -82,6 +82,20 @@ def test_kernels_of_bfloat16_see_few_shapes(stock: Stock, monkeypatch: pytest.Mo
     assert len(seen) > 1 and seen <= {64, 128, 192, 256, 320}
 
 
+def test_tokens_are_rounded_up_by_the_expert_s_own() -> None:
+    """Those of others might overflow in it: also with no weight they would be in the sum."""
+    of_expert, token = torch.tensor([0, 65, 0, 3, 0]), torch.arange(68) % 40
+    weights = torch.rand(68, 1, dtype=torch.float64)
+    rounded, tokens, padded = block._padded(of_expert, token, weights)
+    assert rounded.tolist() == [0, 128, 0, 64, 0]
+    for expert, (mine, weight) in enumerate(
+        zip(tokens.split(rounded.tolist()), padded.split(rounded.tolist()), strict=True)
+    ):
+        own, count = token.split(of_expert.tolist())[expert], int(of_expert[expert])
+        assert torch.equal(mine[:count], own) and set(mine.tolist()) == set(own.tolist())
+        assert torch.equal(weight[:count], weights.split(of_expert.tolist())[expert]) and not weight[count:].any()
+
+
 def test_an_error_puts_the_block_back(stock: Stock) -> None:
     subject = open_subject(str(stock("mixtral")))
     with stopped(subject, cut(subject)) as stop:

@@ -205,6 +205,7 @@ def _held(modules: Any, name: str) -> torch.Tensor:
 # ---- the whole command ----
 
 
+# Four steps of a rate at which every part gets better.
 QUICK = Schedule(rank=4, steps=4, tokens_per_step=128, judge_every=2, learning_rate=1e-2, expert_rate=2e-3)
 
 
