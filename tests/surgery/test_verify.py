@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
 from moesurgeon.checkpoint.open import open_checkpoint
 from moesurgeon.checkpoint.reader import ShardReader
-from moesurgeon.errors import CheckpointError, InputError, MoeSurgeonError, OutputError
+from moesurgeon.errors import InputError, MoeSurgeonError, OutputError
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.verify import verify
 from moesurgeon.surgery import edits
@@ -21,7 +19,6 @@ from moesurgeon.surgery.apply import apply
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, compose, identity
 from moesurgeon.surgery.prune import plan_prune
-from moesurgeon.surgery.replay import replay
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
 from tests.families.factory import save_checkpoint
 
@@ -243,42 +240,6 @@ def test_a_record_without_sense_is_an_input_error(
     _forge(folder, lambda _: record)
     with pytest.raises(InputError, match=says):
         verify(str(folder), str(source.root))
-
-
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=5,
-)
-OPERATIONS = st.lists(
-    ANYTHING
-    | st.fixed_dictionaries(
-        {"operation": st.sampled_from(["retop", "prune", "layout", "recover"])},
-        optional={
-            "top_k": ANYTHING | st.fixed_dictionaries({"after": ANYTHING}),
-            "expert_map": ANYTHING | st.dictionaries(st.sampled_from(["0", "1", "2", "x"]), ANYTHING, max_size=3),
-            "layout": ANYTHING | st.sampled_from(["fused", "qwen2-moe"]),
-            "replaced": ANYTHING | st.lists(st.sampled_from(["model.norm.weight", "x"]), max_size=2),
-        },
-    ),
-    max_size=3,
-)
-
-
-@given(OPERATIONS)
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
-@example([{"operation": "retop", "top_k": {"after": float("inf")}}])
-@example([{"operation": "prune", "expert_map": {}}])
-@example([{"operation": "layout", "layout": "qwen2-moe"}, {"operation": "layout", "layout": "qwen2-moe"}])
-@example([[]])
-def test_no_record_breaks_anything(source: Subject, operations: list[Any]) -> None:
-    """moesurgeon.json is untrusted: what cannot be done again is a CheckpointError."""
-    try:
-        plan = replay(source.anatomy, operations)
-    except CheckpointError as error:
-        assert len(str(error)) < 500
-    else:
-        plan.check(source.anatomy.tensors)
 
 
 def test_an_edited_config_is_told_from_an_edited_tensor(source: Subject, pruned: Path, tmp_path: Path) -> None:
