@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moesurgeon.cli.output import Report
@@ -25,11 +26,13 @@ def heal_spec(
     rank: int | None,
     teacher: str | None,
     sample: int | None = None,
+    budget: Sequence[str] = (),
     merge: bool = False,
 ) -> HealSpec | None:
     """Return what heals, or None where no text was named."""
     from moesurgeon.healing.pace import Pace
     from moesurgeon.pipeline.options import HealSpec
+    from moesurgeon.traces.budgets import named_values
 
     if not traces:
         if merge:
@@ -43,6 +46,7 @@ def heal_spec(
         max_tokens=tokens,
         heldout_tokens=heldout,
         sample=sample,
+        budgets=dict(named_values("--heal-budget", budget)),
         merge=merge,
         pace=pace,
     )
@@ -67,8 +71,9 @@ def show_healing(report: Report) -> None:
         return
     if "planned" in healing:
         plan = healing["planned"]
+        budgets = "".join(f", {tokens} of {name}" for name, tokens in plan["budgets"].items())
         print(
-            f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens"
+            f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens{budgets}"
             f"{', merging first' if plan['merge'] else ''}"
         )
         return

@@ -84,7 +84,14 @@ HealMethod = Annotated[
     Literal["none", "scale", "ridge", "distill"],
     typer.Option(help="How layers are healed; distill begins with ridge. none: only measure."),
 ]
-HealTokens = Annotated[int, typer.Option(min=8, help="Tokens to heal on, for all traces together.")]
+HealTokens = Annotated[int, typer.Option(min=8, help="Tokens to heal on, for all traces without a budget together.")]
+HealBudget = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME=TOKENS",
+        help="Tokens of one trace to heal on, as code=50k; --heal-tokens is for the others. Repeat for more.",
+    ),
+]
 HealHeldout = Annotated[int, typer.Option(min=8, help="Tokens of the validation split that judge what is healed.")]
 HealSteps = Annotated[int, typer.Option(min=1, help="Optimiser steps for each layer at most (distill).")]
 HealRouter = Annotated[

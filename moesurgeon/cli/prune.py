@@ -112,6 +112,7 @@ def command(
     ] = None,
     heal_method: options.HealMethod = "distill",
     heal_tokens: options.HealTokens = 98304,
+    heal_budget: options.HealBudget = [],  # noqa: B006 - typer copies it
     heal_heldout: options.HealHeldout = 16384,
     heal_steps: options.HealSteps = 600,
     heal_router: options.HealRouter = False,
@@ -161,6 +162,7 @@ def command(
                 rank=heal_rank,
                 teacher=heal_teacher,
                 sample=heal_sample,
+                budget=heal_budget,
                 merge=merge,
             ),
             stages=stages,

@@ -54,6 +54,7 @@ def command(
         typer.Option(help="First repair every layer towards the teacher's, as `prune --heal` does, on the same text."),
     ] = "none",
     heal_tokens: options.HealTokens = 98304,
+    heal_budget: options.HealBudget = [],  # noqa: B006 - typer copies it
     heal_heldout: options.HealHeldout = 16384,
     heal_steps: options.HealSteps = 600,
     heal_rank: options.HealRank = None,
@@ -203,7 +204,7 @@ def command(
         running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
         heal = heal_spec(
             list(traces), heal_method, tokens=heal_tokens, heldout=heal_heldout, steps=heal_steps, router=False,
-            rank=heal_rank, teacher=teacher,
+            rank=heal_rank, teacher=teacher, budget=heal_budget,
         )  # fmt: skip
         if heal is None or heal.method == "none":
             if not steps:

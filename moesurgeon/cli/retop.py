@@ -55,6 +55,7 @@ def command(
     ] = [],  # noqa: B006 - typer copies it
     heal_method: options.HealMethod = "distill",
     heal_tokens: options.HealTokens = 98304,
+    heal_budget: options.HealBudget = [],  # noqa: B006 - typer copies it
     heal_heldout: options.HealHeldout = 16384,
     heal_steps: options.HealSteps = 600,
     heal_router: options.HealRouter = False,
@@ -100,6 +101,7 @@ def command(
             rank=heal_rank,
             teacher=heal_teacher,
             sample=heal_sample,
+            budget=heal_budget,
         )
         foresight = Foresight(profile=profile, per_layer=per_layer, average=per_layer_average, out=per_layer_out)
         return retop(

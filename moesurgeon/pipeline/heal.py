@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from moesurgeon.healing.planned import plan_healed
 from moesurgeon.healing.room import Room
 from moesurgeon.pipeline.heal_budget import share_out_healing
 from moesurgeon.pipeline.healed_choice import HELDOUT_TOKENS, TOKENS, Fixed, LayerChoice, Starts, choose_healed
-from moesurgeon.pipeline.options import HealSpec, Running, Text
+from moesurgeon.pipeline.options import HealSpec, Running
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import read_text, trace_specs, window_length
 from moesurgeon.pipeline.walking import hidden_folder
@@ -34,7 +34,7 @@ def check_heal(spec: HealSpec) -> None:
     """Raise UsageError for what no healing can be done with; reads nothing."""
     if spec.method not in METHODS:
         raise UsageError(f"--heal-method {spec.method} is not one of {', '.join(METHODS)}")
-    trace_specs(Text(traces=spec.traces, sample=spec.sample))
+    trace_specs(spec.text)
 
 
 class Healer:
@@ -66,7 +66,7 @@ class Healer:
     @property
     def length(self) -> int:
         """Tokens of a window."""
-        return window_length(self.subject, Text(traces=self.spec.traces, length=self.spec.length))
+        return window_length(self.subject, self.spec.text)
 
     def facts(self) -> dict[str, Any]:
         """Return what a result depends on besides the checkpoint and ``spec``: teacher, text, place and precision."""
@@ -210,15 +210,8 @@ def healer(
     check_heal(spec)
     other = _teacher(subject, spec)
     placement = place(running.device, running.dtype, subject.stored_dtype)
-    text = Text(
-        traces=spec.traces, split=spec.split, max_tokens=spec.max_tokens, length=spec.length, sample=spec.sample
-    )
-    train = read_text(subject, text, builtin_split="calibration", own_split="train")
-    judge = read_text(
-        subject,
-        replace(text, max_tokens=spec.heldout_tokens, split="validation", sample=None),
-        builtin_split="validation",
-    )
+    train = read_text(subject, spec.text, builtin_split="calibration", own_split="train")
+    judge = read_text(subject, spec.judging, builtin_split="validation")
     with ExitStack() as stack:
         sources = [
             stack.enter_context(Source.of_checkpoint(each.checkpoint, each.anatomy, placement))
@@ -262,7 +255,7 @@ def healed(
 
 
 def _batched(corpus: Corpus, source: Source, subject: Subject, spec: HealSpec) -> list[Batch]:
-    rows = rows_for(window_length(subject, Text(traces=spec.traces, length=spec.length)))
+    rows = rows_for(window_length(subject, spec.text))
     return list(batches_of(corpus, rows=rows, tokens=BATCH_TOKENS, device=source.placement.device))
 
 

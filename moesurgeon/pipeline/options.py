@@ -94,7 +94,8 @@ class HealSpec:
     names one; ``heldout_tokens`` of their validation split judge every step and the whole. In a recipe, traces and
     ``length`` are the recipe's where none are given. ``teacher``: the checkpoint to come back to (None: the one
     that is cut; in a recipe the first). ``sample``: heal on a uniform sample of all documents by this seed rather
-    than on the first ones; the text that judges stays the same. ``merge``: for pruned experts, see ``healing.merge``;
+    than on the first ones; the text that judges stays the same. ``budgets``: tokens of a domain to heal on, by its
+    name; ``max_tokens`` is for the others. ``merge``: for pruned experts, see ``healing.merge``;
     judged layer by layer and as a whole against healing without.
     """
 
@@ -106,5 +107,23 @@ class HealSpec:
     length: int | None = None
     split: Literal["train", "calibration"] | None = None
     sample: Annotated[int, Ge(0), Lt(2**63)] | None = None
+    budgets: dict[str, int | str] = field(default_factory=dict)
     merge: bool = False
     pace: Pace = field(default_factory=Pace)
+
+    @property
+    def text(self) -> Text:
+        """What is healed on."""
+        return Text(
+            traces=self.traces,
+            split=self.split,
+            max_tokens=self.max_tokens,
+            length=self.length,
+            budgets=self.budgets,
+            sample=self.sample,
+        )
+
+    @property
+    def judging(self) -> Text:
+        """What judges every step and the whole: of all domains alike, and of no sample."""
+        return replace(self.text.even(max_tokens=self.heldout_tokens, split="validation"), sample=None)

@@ -13,7 +13,7 @@ from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
 from moesurgeon.pipeline.heal import check_heal
-from moesurgeon.pipeline.options import HealSpec, Text, Writing
+from moesurgeon.pipeline.options import HealSpec, Writing
 from moesurgeon.pipeline.prune_spec import PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.recipe import Recipe, Step
 from moesurgeon.pipeline.recover_adapter import refuse_adapter
@@ -71,7 +71,7 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
 
 def _refuse_taken(own: Sequence[str], healing: HealSpec) -> None:
     """Raise UsageError if a trace has the name of a sample, ``own``, that is healed on beside it."""
-    for spec in trace_specs(Text(traces=healing.traces)):
+    for spec in trace_specs(healing.text):
         if spec.domain in own:
             raise UsageError(f"{spec.domain} is what sample writes: give the trace {spec.location} another name")
 

@@ -95,4 +95,4 @@ def weights_of(domains: Sequence[str], weights: Mapping[str, str | float]) -> di
 def _refuse_unknown(what: str, domains: Sequence[str], given: Mapping[str, object]) -> None:
     for name in given:
         if name not in domains:
-            raise UsageError(f"--{what} names {name!r}, but the traces are {', '.join(domains)}; name one of them")
+            raise UsageError(f"a {what} is for {name!r}, but the traces are {', '.join(domains)}; name one of them")

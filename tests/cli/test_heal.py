@@ -117,6 +117,24 @@ def test_a_sample_of_the_documents_heals_on_request(out: Path) -> None:
     assert {by for _, by in sampled} == {judged}
 
 
+def test_a_budget_is_what_a_domain_heals_on(out: Path) -> None:
+    def healed(*options: str) -> dict[str, object]:
+        traces = ("--calibrate", "builtin:json", "--calibrate", "builtin:logs", "--heal-method", "scale")
+        found = succeeded("retop", MIXTRAL, out, "--overwrite", "--json", *traces, *LITTLE, *options).json["healed"]
+        assert isinstance(found, dict)
+        return found
+
+    even, less = healed(), healed("--heal-budget", "json=100")
+    assert (even["tokens"], less["tokens"]) == (2048, 2048 + 100)
+    assert even["heldout_tokens"] == less["heldout_tokens"] and even["heldout"] != less["heldout"]
+    planned = succeeded("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--heal-budget", "json=1k", "--dry-run",
+                        "--overwrite")  # fmt: skip
+    assert ", 1k of json" in planned.out
+    for budget, says in (("jsn=1k", "a budget is for 'jsn'"), ("json", "--heal-budget json is not of the form")):
+        arguments = ("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--overwrite", "--heal-budget", budget)
+        refused(2, *arguments, says=(says,))
+
+
 def test_none_and_nothing_to_heal(out: Path) -> None:
     shown = succeeded("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--heal-method", "none", *LITTLE).out
     assert "bare" in shown and "replace" not in shown and "left out" not in shown and "of the gap" not in shown

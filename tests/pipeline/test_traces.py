@@ -59,7 +59,7 @@ def test_a_cut_goes_by_the_weights_and_records_them(weighted: Path, out: Path) -
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (("--budget", "cod=5k"), "--budget names 'cod', but the traces are arithmetic, js"),
+        (("--budget", "cod=5k"), "a budget is for 'cod', but the traces are arithmetic, js"),
         (("--budget", "js"), "NAME=VALUE"),
         (("--budget", "js=lots"), "is no budget"),
         (("--weight", "js=-2"), "is no weight"),
@@ -89,7 +89,7 @@ def test_a_recipe_takes_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"budgets": {"x": 8}}, {"weights": {"x": 1}}, {"sample": -1}, {"sample": 2**63}])
 def test_a_recipe_is_refused_before_anything_is_read(changes: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"names 'x'|is no seed"):
+    with pytest.raises(UsageError, match=r"is for 'x'|is no seed"):
         trace_specs(Text(traces=("builtin:logs",), **changes))
 
 
