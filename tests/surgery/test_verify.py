@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +19,12 @@ from moesurgeon.surgery.plan import EditPlan, compose, identity
 from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
 from tests.families.factory import save_checkpoint
-
-KEPT = {1: (0, 2, 5, 6), 2: (1, 2, 4, 7), 3: (0, 3, 4, 5)}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return open_subject(str(save_checkpoint(tmp_path_factory.mktemp("source"), "deepseek")))
-
-
-def _edited(source: Subject, layout: str) -> EditPlan:
-    plan = plan_retop(source.anatomy, RetopSpec(top_k=1))
-    plan = compose(plan, plan_prune(plan.result(source.anatomy), KEPT))
-    return compose(plan, plan_layout(plan.result(source.anatomy), layout))
-
-
-@pytest.fixture(scope="module")
-def pruned(source: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source with one expert per token and half of the experts; not to be written into."""
-    folder = tmp_path_factory.mktemp("pruned") / "out"
-    apply(_edited(source, "per-expert"), source.checkpoint, folder)
-    return folder
-
-
-def _copied(folder: Path, target: Path) -> Path:
-    shutil.copytree(folder, target)
-    return target
-
-
-def _forge(folder: Path, change: Callable[[Any], Any]) -> None:
-    record = json.loads((folder / "moesurgeon.json").read_text())
-    (folder / "moesurgeon.json").write_text(json.dumps(change(record)))
+from tests.surgery.verified import KEPT, copied, edited, forge
 
 
 @pytest.mark.parametrize("layout", ["per-expert", "fused", "qwen2-moe"])
 def test_what_was_written_verifies(source: Subject, tmp_path: Path, layout: str) -> None:
-    written = apply(_edited(source, layout), source.checkpoint, tmp_path / "out")
+    written = apply(edited(source, layout), source.checkpoint, tmp_path / "out")
     report = verify(str(written.folder), str(source.root))
     result = open_subject(str(written.folder))
     assert report["tensors_equal"] == report["tensors"] == len(result.anatomy.tensors)
@@ -85,7 +53,7 @@ def test_a_history_of_several_steps_verifies_against_each(source: Subject, tmp_p
 def test_one_flipped_bit_anywhere_in_a_kept_tensor_is_found(
     source: Subject, pruned: Path, tmp_path: Path, where: float
 ) -> None:
-    folder = _copied(pruned, tmp_path / "out")
+    folder = copied(pruned, tmp_path / "out")
     before = open_subject(str(folder))
     name = "model.layers.2.mlp.experts.1.up_proj.weight"
     tensor = before.checkpoint.tensors[name]
@@ -103,10 +71,10 @@ def test_one_flipped_bit_anywhere_in_a_kept_tensor_is_found(
         return
     found = verify(str(folder), full=True)["hashes"]
     assert {key for key in clean if clean[key] != found[key]} == {name}
-    _forge(folder, lambda record: _with_hashes(record, clean))
+    forge(folder, lambda record: _with_hashes(record, clean))
     with pytest.raises(OutputError, match=f"{name}' is not what"):
         verify(str(folder), full=True)
-    _forge(folder, lambda record: _with_hashes(record, found))
+    forge(folder, lambda record: _with_hashes(record, found))
     assert verify(str(folder), full=True)["hashes_compared"] == len(found)
 
 
@@ -127,7 +95,7 @@ def test_hashes_are_of_the_bytes_of_each_tensor(pruned: Path) -> None:
 
 @pytest.mark.parametrize("stated", [1, "many", -1, 10**30])
 def test_an_index_with_another_size_does_not_verify(pruned: Path, tmp_path: Path, stated: object) -> None:
-    folder = _copied(pruned, tmp_path / "out")
+    folder = copied(pruned, tmp_path / "out")
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps({**index, "metadata": {"total_size": stated}}))
@@ -135,151 +103,6 @@ def test_an_index_with_another_size_does_not_verify(pruned: Path, tmp_path: Path
         verify(str(folder))
     path.write_text(json.dumps({**index, "metadata": {}}))
     verify(str(folder))
-
-
-def test_an_edited_result_or_record_is_found_without_the_source(pruned: Path, tmp_path: Path) -> None:
-    def last(record: Any) -> Any:
-        return record["history"][-1]
-
-    def no_result(record: Any) -> Any:
-        del last(record)["result"]
-        return record
-
-    def other_count(record: Any) -> Any:
-        last(record)["operations"][1]["experts"]["after"] = 5
-        return no_result(record)
-
-    def broken_chain(record: Any) -> Any:
-        return {**record, "history": [last(record), last(record)]}
-
-    for number, (change, says) in enumerate(
-        (
-            (broken_chain, "do not follow each other"),
-            (other_count, "ends with experts 5, config.json says 4"),
-        )
-    ):
-        folder = _copied(pruned, tmp_path / str(number))
-        _forge(folder, change)
-        with pytest.raises(OutputError, match=says):
-            verify(str(folder))
-    folder = _copied(pruned, tmp_path / "config")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
-    with pytest.raises(OutputError, match=r"config\.json was changed after"):
-        verify(str(folder))
-    _forge(folder, no_result)  # a record of an earlier version says nothing about it
-    verify(str(folder))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [{"num_experts_per_tok": 2}, {"rope_theta": 1.0}, {"hidden_act": "relu"}, {"new": None}, {"rms_norm_eps": 1}],
-)
-def test_an_edited_config_is_found(source: Subject, pruned: Path, tmp_path: Path, config: dict[str, Any]) -> None:
-    folder = _copied(pruned, tmp_path / "out")
-    stored = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(stored | config))
-    with pytest.raises(OutputError, match=f"another {next(iter(config))} in config.json"):
-        verify(str(folder), str(source.root))
-
-
-def _operations(record: Any) -> Any:
-    return record["history"][0]["operations"]
-
-
-def _other_experts(record: Any) -> Any:
-    _operations(record)[1]["expert_map"]["2"] = {str(old): new for new, old in enumerate((0, 2, 4, 7))}
-    return record
-
-
-def _no_prune(record: Any) -> Any:
-    del _operations(record)[1]
-    return record
-
-
-def _no_retop(record: Any) -> Any:
-    del _operations(record)[0]
-    return record
-
-
-@pytest.mark.parametrize(
-    ("forgery", "says"),
-    [
-        (_other_experts, r"layers.2.*differs from"),
-        (_no_prune, "holds other tensors than its record makes"),
-        (_no_retop, "another num_experts_per_tok in config.json"),
-    ],
-)
-def test_a_forged_record_is_found(
-    source: Subject, pruned: Path, tmp_path: Path, forgery: Callable[[Any], Any], says: str
-) -> None:
-    folder = _copied(pruned, tmp_path / "out")
-    _forge(folder, forgery)
-    with pytest.raises(OutputError, match=says):
-        verify(str(folder), str(source.root))
-
-
-@pytest.mark.parametrize(
-    ("record", "says"),
-    [
-        ([], "not a JSON object"),
-        ({}, "holds no history"),
-        ({"history": 1}, "holds no history"),
-        ({"history": [1]}, "holds no history"),
-        ({"history": [{"source": {}, "operations": 1}]}, "holds no history"),
-        ({"history": [{"source": "x", "operations": []}]}, "holds no history"),
-        ({"history": [{"operations": []}]}, "holds no history"),
-        ({"history": [{"source": {"fingerprint": ["x"]}, "operations": []}]}, "was not made from"),
-        ({"history": []}, "there is no record of a source"),
-    ],
-)
-def test_a_record_without_sense_is_an_input_error(
-    source: Subject, pruned: Path, tmp_path: Path, record: Any, says: str
-) -> None:
-    folder = _copied(pruned, tmp_path / "out")
-    _forge(folder, lambda _: record)
-    with pytest.raises(InputError, match=says):
-        verify(str(folder), str(source.root))
-
-
-def test_an_edited_config_is_told_from_an_edited_tensor(source: Subject, pruned: Path, tmp_path: Path) -> None:
-    """Adding a key is often meant; that nothing else changed is what one wants to hear."""
-    folder = _copied(pruned, tmp_path / "out")
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "torch_dtype": "float16", "pad_token_id": 0}))
-    with pytest.raises(OutputError, match=r"config\.json was changed after .*, the tensors were not; restore it"):
-        verify(str(folder))
-    with pytest.raises(OutputError, match=r"another pad_token_id, torch_dtype in config\.json.*all its tensors are"):
-        verify(str(folder), str(source.root))
-    before = open_subject(str(folder))
-    tensor = before.checkpoint.tensors["model.norm.weight"]
-    with before.checkpoint.path_of(tensor.shard).open("r+b") as file:
-        file.seek(tensor.offset)
-        file.write(b"\x01\x02")
-    with pytest.raises(OutputError, match=r"a tensor and config\.json was changed after"):
-        verify(str(folder))
-    with pytest.raises(OutputError, match=r"model\.norm\.weight differs from"):
-        verify(str(folder), str(source.root))
-    path.write_text(json.dumps(config))
-    with pytest.raises(OutputError, match="a tensor was changed after"):
-        verify(str(folder))
-
-
-def test_a_record_without_separate_hashes_is_still_read(pruned: Path, tmp_path: Path) -> None:
-    """What was written before config and tensors were hashed apart."""
-    folder = _copied(pruned, tmp_path / "out")
-
-    def older(record: Any) -> Any:
-        record["history"][-1]["result"] = {"fingerprint": record["history"][-1]["result"]["fingerprint"]}
-        return record
-
-    _forge(folder, older)
-    verify(str(folder))
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "note": 1}))
-    with pytest.raises(OutputError, match=r"config\.json or a tensor was changed after"):
-        verify(str(folder))
 
 
 def test_another_source_is_refused(source: Subject, pruned: Path, tmp_path: Path) -> None:
@@ -330,7 +153,7 @@ def test_what_lies_beside_replaced_bytes_is_compared(source: Subject, tmp_path: 
 
 
 def test_what_is_incomplete_does_not_verify(pruned: Path, tmp_path: Path) -> None:
-    folder = _copied(pruned, tmp_path / "out")
+    folder = copied(pruned, tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_routed_experts": 5}))
     with pytest.raises(OutputError, match=r"does not verify: .*config.json counts 5 experts.*and \d+ more"):
