@@ -43,9 +43,9 @@ from moesurgeon.recovery.schedule import Schedule  # noqa: E402
 
 BUILTIN = {"builtin:tiny-mixtral": (1,), "builtin:tiny-deepseek": (2, 1)}
 # What has to be the same where a run goes on.
-FIXED = ("heal_tokens", "heal_steps", "tokens", "budget", "split", "heldout_tokens", "report_tokens", "fresh",
-         "corpora", "steps", "tokens_per_step", "learning_rate", "expert_rate", "rank", "candidates",
-         "control_rate")  # fmt: skip
+FIXED = ("heal_tokens", "heal_budget", "heal_split", "heal_steps", "tokens", "budget", "split", "heldout_tokens",
+         "report_tokens", "fresh", "corpora", "steps", "tokens_per_step", "learning_rate", "expert_rate", "rank",
+         "candidates", "control_rate")  # fmt: skip
 
 
 def main() -> None:
@@ -59,6 +59,10 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heal-tokens", type=int, default=98304, help="to heal on, layer by layer")
+    parser.add_argument(
+        "--heal-budget", action="append", default=[], metavar="NAME=TOKENS", help="of one domain of them"
+    )
+    parser.add_argument("--heal-split", choices=["calibration", "train"], default="calibration", help="to heal on")
     parser.add_argument("--heal-steps", type=int, default=600, help="for each layer")
     parser.add_argument("--tokens", type=int, default=589824, help="to recover on")
     parser.add_argument("--budget", action="append", default=[], metavar="NAME=TOKENS", help="of one domain of them")

@@ -36,6 +36,8 @@ from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.targets import Adapt
 from moesurgeon.surgery.retop import RetopSpec
+from moesurgeon.traces.budgets import named_values, shares_of
+from moesurgeon.traces.spec import parse_traces
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Operation:
             judged = self.referee.judged(open_subject(str(output)))
         else:
             judged = self.referee.judged(open_subject(str(self._start(way, seed))))
-            facts = {"tokens": self.given.heal_tokens if way.heal else 0}
+            facts = {"tokens": self._healed_on() if way.heal else 0}
         cost = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - used}
         anatomy = self.subject.anatomy if not way.cut else open_subject(str(self._start(Way(cut=True), 0))).anatomy
         usage = use_of(anatomy, self._bare_of(way.cut), judged)
@@ -183,8 +185,9 @@ class Operation:
         heal = None
         if way.heal is not None:
             heal = HealSpec(
-                traces=self.traces, method=way.heal, split=self.words.split, max_tokens=self.given.heal_tokens,
-                teacher=self.subject.name, pace=Pace(steps=self.given.heal_steps, seed=seed),
+                traces=self.traces, method=way.heal, split=self.given.heal_split, max_tokens=self.given.heal_tokens,
+                budgets=named_values("--heal-budget", self.given.heal_budget), teacher=self.subject.name,
+                pace=Pace(steps=self.given.heal_steps, seed=seed),
             )  # type: ignore[arg-type]  # fmt: skip
         if not way.cut:
             retop(self.subject.name, RetopSpec(top_k=self.top_k), Writing(output=output), heal=heal, running=RUNNING)
@@ -219,8 +222,14 @@ class Operation:
 
     def _text(self) -> Text:
         """Return what is recovered on."""
-        budgets = dict(each.split("=", 1) for each in self.given.budget)
+        budgets = named_values("--budget", self.given.budget)
         return Text(traces=self.traces, split=self.given.split, max_tokens=self.given.tokens, budgets=budgets)
+
+    def _healed_on(self) -> int:
+        """Return the tokens that healing is given, of which short traces may have less."""
+        domains = [spec.domain for spec in parse_traces(self.traces)]
+        shares = shares_of(domains, self.given.heal_tokens, named_values("--heal-budget", self.given.heal_budget))
+        return sum(share or 0 for share in shares.values())
 
     def _path(self, way: Way, seed: int) -> Path:
         name = next(name for name, known in WAYS.items() if known == way)
