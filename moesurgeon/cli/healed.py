@@ -72,9 +72,10 @@ def show_healing(report: Report) -> None:
     if "planned" in healing:
         plan = healing["planned"]
         budgets = "".join(f", {tokens} of {name}" for name, tokens in plan["budgets"].items())
+        others = " of traces without a budget" if budgets else ""
         print(
-            f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens{budgets}"
-            f"{', merging first' if plan['merge'] else ''}"
+            f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens{others}"
+            f"{budgets}{', merging first' if plan['merge'] else ''}"
         )
         return
     for layer in report["healing"]:
