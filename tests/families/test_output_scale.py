@@ -15,7 +15,7 @@ from moesurgeon.surgery.retop import RetopSpec, plan_retop
 from tests.engine.small import batches_for, corpus_of, random_windows, source_of
 from tests.families.conftest import Stock
 from tests.families.factory import MODEL_TYPES, save_checkpoint
-from tests.laws.test_inner import Taken, _observed
+from tests.laws.inner_cases import Taken, observed
 
 TOP_K = 3
 # Their routers are not run here; what they do is in transformers' modeling files (families/*.py say where it is odd).
@@ -42,7 +42,7 @@ def test_it_is_what_the_routers_do(model_type: str, normalised: bool | None, tmp
     plans = [plan_retop(anatomy, RetopSpec(top_k=k)) for k in range(1, TOP_K)]
     streams = [Stream(source), *(Stream(source, Overlay(plan=plan)) for plan in plans)]
     taken = Taken(subject, source, batches, None)  # type: ignore[arg-type] # only to walk
-    for whole, *fewer in _observed(taken, streams).values():
+    for whole, *fewer in observed(taken, streams).values():
         before_T = _sums(whole)
         for k, seen in enumerate([*fewer, whole], start=1):
             said, after_T = output_scale(anatomy, k), _sums(seen)

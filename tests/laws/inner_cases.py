@@ -15,7 +15,7 @@ from moesurgeon.engine.device import Placement
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.observe import Observation
 from moesurgeon.engine.routing import selection_bias
-from moesurgeon.engine.streams import Source, Stream
+from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.profiling.all_experts import AllExperts, InnerSpec, rule_of
@@ -115,3 +115,20 @@ def _keep(into: list[Any], block: MoeBlock, seen: Observation) -> None:
     parts: Any = block.experts
     bias = selection_bias(block)
     into.append((seen, parts.gate_up_proj.clone(), parts.down_proj.clone(), parts.act_fn, bias))
+
+
+def real_errors(taken: Taken, overlays: Sequence[tuple[Overlay, int | None]]) -> dict[int, np.ndarray]:
+    """Return by layer, for each overlay (and top-k by hand), the mean error of the whole block on the sample."""
+    streams = [Stream(taken.source), *(Stream(taken.source, overlay) for overlay, _ in overlays)]
+    for stream, (_, top_k) in zip(streams[1:], overlays, strict=True):
+        for block in stream.blocks.values() if top_k else ():
+            block.router.top_k = top_k
+    errors = {}
+    for layer, (original, *others) in observed(taken, streams).items():
+        sums = np.zeros(len(others))
+        for number, rows in enumerate(taken.rows):
+            y = original[number][0].result[rows].double()
+            for place, each in enumerate(others):
+                sums[place] += float((each[number][0].result[rows].double() - y).square().sum())
+        errors[layer] = sums / taken.inner.shape.tokens
+    return errors

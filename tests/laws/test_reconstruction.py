@@ -16,7 +16,7 @@ from moesurgeon.profiling.artefact import Profile
 from moesurgeon.profiling.statistics import Statistics
 from moesurgeon.selection.choose import best
 from moesurgeon.selection.criteria import scores_of
-from tests.laws.test_inner import Taken, _checkpoint, _really, _take
+from tests.laws.inner_cases import Taken, checkpoint, real_errors, take
 from tests.profiling.made import profile_of
 
 CASES = {
@@ -32,7 +32,7 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Taken, int]:
     folder = tmp_path_factory.mktemp("reconstruction")
-    return _take(_checkpoint(request.param, folder / "model"), folder), CASES[request.param]
+    return take(checkpoint(request.param, folder / "model"), folder), CASES[request.param]
 
 
 def _profile(taken: Taken, **origin: Any) -> Profile:
@@ -63,7 +63,7 @@ def test_the_choice_is_the_best_of_all_that_were_really_run(case: tuple[Taken, i
     overlays = [
         Overlay(masked={layer: frozenset(range(8)) - set(kept) for layer in anatomy.moe_layers}) for kept in subsets
     ]
-    really = _really(taken, [(overlay, None) for overlay in overlays])
+    really = real_errors(taken, [(overlay, None) for overlay in overlays])
     profile = _profile(taken)
     found = reconstruct(anatomy, profile, count, {})
     reap = best(scores_of(profile.weighted, "reap"), anatomy.moe_layers, count, anatomy.groups[0])
@@ -133,8 +133,8 @@ def test_curves_are_those_of_real_subsets(case: tuple[Taken, int]) -> None:
 
 
 def test_few_tokens_and_experts_that_were_not_run_are_warned_of(tmp_path: Path) -> None:
-    subject = _checkpoint("deepseek v1", tmp_path / "model")
-    taken = _take(subject, tmp_path, experts=subject.anatomy.top_k)
+    subject = checkpoint("deepseek v1", tmp_path / "model")
+    taken = take(subject, tmp_path, experts=subject.anatomy.top_k)
     found = reconstruct(subject.anatomy, _profile(taken), 4, {})
     assert "rest on 60 tokens, fewer than 20 for each of 8 experts" in found.warnings[0]
     assert "an expert that they would be given was not run" in found.warnings[1]

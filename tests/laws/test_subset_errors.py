@@ -5,7 +5,6 @@ Legend: T tokens, N tokens of the sample, E experts, m experts run for a token, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -15,36 +14,19 @@ import torch
 
 from moesurgeon.engine.device import Placement
 from moesurgeon.engine.routing import Routing
-from moesurgeon.engine.streams import Overlay, Stream
+from moesurgeon.engine.streams import Overlay
 from moesurgeon.errors import UsageError
 from moesurgeon.profiling.inner import InnerLayer
 from moesurgeon.profiling.subset_errors import errors_of_subsets
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
 from tests.engine.small import saved, small_model
-from tests.laws.inner_cases import CASES, COUNT, Taken, checkpoint, observed, take
+from tests.laws.inner_cases import CASES, COUNT, Taken, checkpoint, real_errors, take
 
 
 @pytest.fixture(scope="module", params=CASES)
 def taken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Taken:
     folder = tmp_path_factory.mktemp("inner")
     return take(checkpoint(request.param, folder / "model"), folder)
-
-
-def _really(taken: Taken, overlays: Sequence[tuple[Overlay, int | None]]) -> dict[int, np.ndarray]:
-    """Return by layer, for each overlay (and top-k by hand), the mean error of the whole block on the sample."""
-    streams = [Stream(taken.source), *(Stream(taken.source, overlay) for overlay, _ in overlays)]
-    for stream, (_, top_k) in zip(streams[1:], overlays, strict=True):
-        for block in stream.blocks.values() if top_k else ():
-            block.router.top_k = top_k
-    errors = {}
-    for layer, (original, *others) in observed(taken, streams).items():
-        sums = np.zeros(len(others))
-        for number, rows in enumerate(taken.rows):
-            y = original[number][0].result[rows].double()
-            for place, each in enumerate(others):
-                sums[place] += float((each[number][0].result[rows].double() - y).square().sum())
-        errors[layer] = sums / taken.inner.shape.tokens
-    return errors
 
 
 def test_they_say_what_masked_experts_and_another_top_k_cost(taken: Taken) -> None:
@@ -64,7 +46,7 @@ def test_they_say_what_masked_experts_and_another_top_k_cost(taken: Taken) -> No
         )
         for kept, top_k in asked
     ]
-    for layer, expected in _really(taken, [(overlay, None) for overlay in overlays]).items():
+    for layer, expected in real_errors(taken, [(overlay, None) for overlay in overlays]).items():
         size = float(taken.inner.layer(layer).output.mean())
         assert (expected > 1e-2 * size).sum() > len(asked) / 3  # it did cost something
         for (kept, top_k), error in zip(asked, expected, strict=True):
@@ -79,7 +61,7 @@ def test_they_say_what_masked_experts_and_another_top_k_cost(taken: Taken) -> No
 def test_they_say_what_more_experts_would_give(tmp_path: Path) -> None:
     taken = take(checkpoint("mixtral", tmp_path / "model"), tmp_path)
     dropped = Overlay(masked=dict.fromkeys(taken.subject.anatomy.moe_layers, frozenset({3})))
-    for layer, (plain, cut) in _really(taken, [(Overlay(), 4), (dropped, 3)]).items():
+    for layer, (plain, cut) in real_errors(taken, [(Overlay(), 4), (dropped, 3)]).items():
         assert taken.errors(layer, [range(8)], 4).error[0] == pytest.approx(plain, rel=2e-5)
         assert taken.errors(layer, [(0, 1, 2, 4, 5, 6, 7)], 3).error[0] == pytest.approx(cut, rel=2e-5)
 

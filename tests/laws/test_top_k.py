@@ -16,7 +16,7 @@ from moesurgeon.pipeline.top_k import by_layer
 from moesurgeon.profiling.collapse import loads_at
 from moesurgeon.profiling.profiler import take_profile
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
-from tests.laws.test_inner import LENGTH, Taken, _checkpoint, _corpus, _observed, _take
+from tests.laws.inner_cases import LENGTH, Taken, checkpoint, observed, random_corpus, take
 from tests.laws.test_reconstruction import _profile
 
 # Renormalised, raw, single choices raw, sigmoid scores with a bias and groups, a softmax with a bias.
@@ -38,7 +38,7 @@ CASES = (
 @pytest.fixture(scope="module", params=CASES)
 def taken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Taken:
     folder = tmp_path_factory.mktemp("top-k")
-    return _take(_checkpoint(request.param, folder / "model"), folder)
+    return take(checkpoint(request.param, folder / "model"), folder)
 
 
 def _retopped(taken: Taken) -> list[Stream]:
@@ -53,7 +53,7 @@ def test_errors_and_scales_are_those_of_blocks_at_every_k(taken: Taken) -> None:
     report = by_layer(anatomy, _profile(taken), 1, 1.5)
     assert list(report["per_layer"]) == [str(layer) for layer in anatomy.moe_layers]
     costly = 0
-    for layer, (original, *others) in _observed(taken, [Stream(taken.source), *_retopped(taken)]).items():
+    for layer, (original, *others) in observed(taken, [Stream(taken.source), *_retopped(taken)]).items():
         found = report["per_layer"][str(layer)]
         assert list(found["errors"]) == list(found["scaled"]) == [str(k) for k in range(1, anatomy.top_k + 1)]
         y_TH = torch.cat([seen[0].output[rows] for seen, rows in zip(original, taken.rows, strict=True)]).double()
@@ -85,7 +85,7 @@ def test_a_budget_costs_what_blocks_of_their_own_k_each_say(taken: Taken) -> Non
     for layer, block in mixed.blocks.items():
         block.router.top_k = counts[layer]
     errors = []
-    for layer, (original, others) in _observed(taken, [Stream(taken.source), mixed]).items():
+    for layer, (original, others) in observed(taken, [Stream(taken.source), mixed]).items():
         missing = size = 0.0
         for one, other, rows in zip(original, others, taken.rows, strict=True):
             assert other[0].indices.shape[-1] == counts[layer]
@@ -99,10 +99,10 @@ def test_a_budget_costs_what_blocks_of_their_own_k_each_say(taken: Taken) -> Non
 def test_first_choices_are_where_a_top_1_gate_sends_tokens(taken: Taken) -> None:
     """And the first ranks those of a gate in between, unless a bias takes part in the choice."""
     anatomy = taken.subject.anatomy
-    statistics = take_profile(Stream(taken.source), _corpus().domains, taken.batches)
+    statistics = take_profile(Stream(taken.source), random_corpus().domains, taken.batches)
     has_bias = anatomy.family.router.selection_bias
     streams = [Stream(taken.source), *_retopped(taken)]
-    for layer, (_original, *others) in _observed(taken, streams).items():
+    for layer, (_original, *others) in observed(taken, streams).items():
         for k, batches in enumerate(others, start=1):
             loads = np.zeros(anatomy.experts)
             for seen, batch in zip(batches, taken.batches, strict=True):
@@ -119,7 +119,7 @@ def test_first_choices_are_where_a_top_1_gate_sends_tokens(taken: Taken) -> None
 
 
 def test_domains_count_what_they_weigh(tmp_path: Path) -> None:
-    taken = _take(_checkpoint("deepseek v1", tmp_path / "model"), tmp_path)
+    taken = take(checkpoint("deepseek v1", tmp_path / "model"), tmp_path)
     anatomy = taken.subject.anatomy
     found = by_layer(anatomy, _profile(taken, weights={"one": 0.0, "two": 3.0}), 1)
     assert "divided" not in found and "rest on" in found["warnings"][0]
