@@ -37,6 +37,7 @@ def heal_spec(
     if not traces:
         if merge:
             raise UsageError("experts are merged by what they do on text: give --merge with --heal TRACES")
+        refuse_unused(budget, sample)
         return None
     pace = Pace(steps=steps, router=router, rank=rank)
     return HealSpec(
@@ -50,6 +51,13 @@ def heal_spec(
         merge=merge,
         pace=pace,
     )
+
+
+def refuse_unused(budget: Sequence[str], sample: int | None = None) -> None:
+    """Raise UsageError for what is said of the text that heals where nothing does."""
+    for option, given in (("--heal-budget", bool(budget)), ("--heal-sample", sample is not None)):
+        if given:
+            raise UsageError(f"{option} is about the text that heals, and nothing does; say what heals or leave it out")
 
 
 def show_choice(report: Report) -> None:

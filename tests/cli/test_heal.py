@@ -135,6 +135,20 @@ def test_a_budget_is_what_a_domain_heals_on(out: Path) -> None:
         refused(2, *arguments, says=(says,))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("retop", MIXTRAL, "OUT", "--heal-budget", "json=1k"),
+        ("retop", MIXTRAL, "OUT", "--heal-sample", "1"),
+        ("prune", MIXTRAL, "OUT", "--keep", "6", "--heal-budget", "json=1k"),
+        ("recover", MIXTRAL, "OUT", "--teacher", MIXTRAL, "--heal-budget", "json=1k"),
+    ],
+)
+def test_what_is_said_of_healing_that_there_is_not_is_refused(command: tuple[str, ...], out: Path) -> None:
+    arguments = [out if argument == "OUT" else argument for argument in command]
+    refused(2, *arguments, says=("is about the text that heals, and nothing does",))
+
+
 def test_none_and_nothing_to_heal(out: Path) -> None:
     shown = succeeded("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--heal-method", "none", *LITTLE).out
     assert "bare" in shown and "replace" not in shown and "left out" not in shown and "of the gap" not in shown

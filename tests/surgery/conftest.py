@@ -1,3 +1,5 @@
+"""A source and what was made of it, for those that verify the one against the other."""
+
 from pathlib import Path
 
 import pytest
