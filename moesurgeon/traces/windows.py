@@ -48,6 +48,7 @@ class Corpus:
     tokens: dict[str, int] = field(default_factory=dict)  # per domain
     hashes: dict[str, str] = field(default_factory=dict)  # per domain: sha256 of the texts read
     splits: dict[str, Split] = field(default_factory=dict)  # per domain
+    documents: dict[str, tuple[str, ...]] = field(default_factory=dict)  # per domain: keys, by Window.document
     chat_template: str | None = None  # sha256 of the template that made text of chats, if there were any
 
     @property
@@ -92,24 +93,33 @@ def load_corpus(
             usable = _usable(tokenize, length, share)
             documents = sampled(documents, usable, budget=share, seed=sample)
         reading = Reading(documents)
-        windows = take_windows(reading, spec.domain, tokenize, length=length, max_tokens=share)
+        numbers: dict[str, int] = {}
+        windows = take_windows(reading, spec.domain, tokenize, length=length, max_tokens=share, numbers=numbers)
         if not windows:
             raise _no_text(spec, split)
         corpus.windows.extend(windows)
         corpus.tokens[spec.domain] = sum(len(window.tokens) for window in windows)
         corpus.hashes[spec.domain] = reading.sha256
         corpus.splits[spec.domain] = split
+        corpus.documents[spec.domain] = tuple(numbers)
     return corpus
 
 
 def take_windows(
-    documents: Iterable[Document], domain: str, tokenize: Tokenize, *, length: int, max_tokens: int | None
+    documents: Iterable[Document],
+    domain: str,
+    tokenize: Tokenize,
+    *,
+    length: int,
+    max_tokens: int | None,
+    numbers: dict[str, int] | None = None,
 ) -> list[Window]:
     """Return consecutive windows of at most ``length`` tokens until ``max_tokens`` are taken.
 
     Windows under 8 tokens are left out. The last window is cut to meet the budget exactly, unless
     that would leave under 8 tokens of it. Documents are tokenised a few at a time, so that a trace is
-    hardly read further than its budget.
+    hardly read further than its budget. ``numbers`` receives the keys of the documents that gave windows, each with
+    its number, in the order of the numbers.
 
     >>> words = lambda texts: [list(range(len(text.split()))) for text in texts]
     >>> document = Document("a", "one two " * 15)
@@ -121,16 +131,16 @@ def take_windows(
     windows: list[Window] = []
     left = max_tokens
     # Pieces of one module have one key: they are one document when intervals are clustered.
-    numbers: dict[str, int] = {}
+    numbers = {} if numbers is None else numbers
     for batch in small_batches(documents):
         for document, ids in zip(batch, _encoded(batch, tokenize, left), strict=True):
-            number = numbers.setdefault(document.key, len(numbers))
             for start in range(0, len(ids), length):
                 size = min(length, len(ids) - start)
                 size = size if left is None else min(size, left)
                 if size < SHORTEST:
                     break  # the end of the document or of the budget
                 tokens = np.asarray(ids[start : start + size], dtype=np.int32)
+                number = numbers.setdefault(document.key, len(numbers))
                 windows.append(Window(domain, number, start, tokens))
                 left = None if left is None else left - size
         if left is not None and left < SHORTEST:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moesurgeon.errors import TraceError, UsageError
 from moesurgeon.traces.documents import Document
 from moesurgeon.traces.spec import TraceSpec, parse_traces
+from moesurgeon.traces.texts import key_of
 from moesurgeon.traces.windows import SHORTEST, Window, load_corpus, take_windows
 
 
@@ -28,11 +29,13 @@ LENGTHS = st.lists(st.integers(0, 100), max_size=40)
 @given(LENGTHS, st.integers(SHORTEST, 40))
 def test_windows_are_the_documents_tokens_cut(lengths: list[int], length: int) -> None:
     documents = _documents(lengths)
-    windows = take_windows(documents, "d", _bytes, length=length, max_tokens=None)
+    numbers: dict[str, int] = {}
+    windows = take_windows(documents, "d", _bytes, length=length, max_tokens=None, numbers=numbers)
+    assert list(numbers.values()) == list(range(len(numbers)))
     assert all(SHORTEST <= len(window.tokens) <= length for window in windows)
     assert all(window.tokens.dtype == np.int32 for window in windows)
-    for number, document in enumerate(documents):
-        own = [window for window in windows if window.document == number]
+    for document in documents:
+        own = [window for window in windows if window.document == numbers.get(document.key)]
         tokens = [token for window in own for token in window.tokens.tolist()]
         whole = list(document.text.encode())
         assert tokens == whole[: len(tokens)]
@@ -84,6 +87,17 @@ def test_a_corpus_divides_its_budget_evenly() -> None:
     again = load_corpus(specs, _bytes, splits=["report"] * len(specs), length=512, max_tokens=10_001)
     assert again.hashes == corpus.hashes
     assert [w.tokens.tolist() for w in again.windows] == [w.tokens.tolist() for w in corpus.windows]
+
+
+def test_a_corpus_names_the_documents_of_its_windows(tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    texts = ["one text of some length", "short", "another text of some length", "one text of some length"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = load_corpus(parse_traces([str(path)]), _bytes, splits=["all"], length=16, max_tokens=None)
+    assert corpus.documents["few"] == (key_of(texts[0]), key_of(texts[2]))
+    for window in corpus.windows:
+        text = {key_of(text): text for text in texts}[corpus.documents["few"][window.document]]
+        assert bytes(window.tokens.tolist()).decode() in text
 
 
 def test_a_budget_or_length_too_small_to_use_is_wrong_usage() -> None:
