@@ -63,12 +63,19 @@ def difference(text: Judged, losses: Array, others: Array, domain: str | None = 
 def closed(text: Judged, bare: Array, healed: Array) -> Value:
     """Return the share of the loss gap of ``bare`` that ``healed`` closes."""
     gap, left = bare - text.teacher, healed - text.teacher
-    low, high = bootstrap(left, gap)
+    low, high = _interval(left, gap)
     return 1 - float(left.sum() / gap.sum()), 1 - high, 1 - low
 
 
+def _interval(sums: Array, counts: Array) -> tuple[float, float]:
+    found = bootstrap(sums, counts)
+    if found is None:
+        raise SystemExit("one document gives no interval: raise the report tokens")
+    return found
+
+
 def _ratio(rises: Array, counts: Array) -> Value:
-    low, high = bootstrap(rises, counts)
+    low, high = _interval(rises, counts)
     return tuple(float(np.expm1(each)) for each in (rises.sum() / counts.sum(), low, high))  # type: ignore[return-value]
 
 

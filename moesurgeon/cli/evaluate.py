@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from moesurgeon.cli import options
-from moesurgeon.cli.output import Report, answer, table
+from moesurgeon.cli.output import Report, answer, interval, table
 from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.cli.texts import text_of
 from moesurgeon.progress import Progress
@@ -134,7 +134,3 @@ def _row(name: str, figures: dict[str, Any]) -> list[str]:
         f"{figures['perplexity']:.2f}",
         interval(figures["interval"], 2),
     ]
-
-
-def interval(bounds: list[float], digits: int) -> str:
-    return f"{bounds[0]:.{digits}f} - {bounds[1]:.{digits}f}"

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -197,6 +197,12 @@ def bar(shares: list[float]) -> str:
     blocks = "▁▂▃▄▅▆▇█"
     top = max(shares) or 1.0
     return "".join(blocks[min(7, int(share / top * 7.999))] if share else " " for share in shares)
+
+
+def interval(bounds: Sequence[float | None], digits: int) -> str:
+    """Return an interval for people; a question mark where one document leaves it unknown."""
+    low, high = bounds
+    return "?" if low is None or high is None else f"{low:.{digits}f} - {high:.{digits}f}"
 
 
 def between(bounds: list[float | None]) -> str:

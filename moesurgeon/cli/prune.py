@@ -11,7 +11,7 @@ from moesurgeon.cli import options
 from moesurgeon.cli.curves import show_curves, show_reconstruction
 from moesurgeon.cli.explained import show_explained, show_protection
 from moesurgeon.cli.healed import heal_spec, show_choice, show_healing
-from moesurgeon.cli.output import Report, answer, between, table
+from moesurgeon.cli.output import Report, answer, between, interval, table
 from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.cli.written import show_written
 from moesurgeon.errors import UsageError
@@ -236,11 +236,10 @@ def _show_stages(stages: list[dict[str, Any]]) -> None:
     rows = []
     for stage in stages:
         ratio, loss = stage["judged"]["against"], stage["healed"]["heldout"]
-        low, high = ratio["interval"]
         rows.append(
             [
                 stage["stage"], f"{stage['experts_before']} -> {stage['experts_after']}", f"{loss['bare']:.4f}",
-                f"{stage['judged']['loss']:.4f}", f"{ratio['perplexity_ratio']:.3f}", f"{low:.3f} - {high:.3f}",
+                f"{stage['judged']['loss']:.4f}", f"{ratio['perplexity_ratio']:.3f}", interval(ratio["interval"], 3),
                 "accepted" if stage["accepted"] else "rolled back",
             ]
         )  # fmt: skip

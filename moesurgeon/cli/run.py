@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moesurgeon.cli import options
-from moesurgeon.cli.output import Report, amount, answer, size, table
+from moesurgeon.cli.output import Report, amount, answer, interval, size, table
 from moesurgeon.progress import Progress
 
 NAME = "run"
@@ -44,7 +44,7 @@ def _show(report: Report) -> None:
         ["perplexity", *(f"{stage['perplexity']:.3f}" for stage in stages)],
         *([f"  {domain}", *(f"{stage['domains'][domain]:.3f}" for stage in stages)] for domain in stages[0]["domains"]),
         ["perplexity ratio", *(f"{stage['perplexity_ratio']:.3f}" for stage in stages)],
-        ["  95 % interval", *(_interval(stage["ratio_interval"]) for stage in stages)],
+        ["  95 % interval", *(interval(stage["ratio_interval"], 3) for stage in stages)],
         *_bare(stages),
     ]
     table(["", *(stage["stage"] for stage in stages)], rows, "On held-out text (report split)")
@@ -64,7 +64,3 @@ def _bare(stages: list[dict[str, Any]]) -> list[list[str]]:
         [heading, *(f"{stage['bare'][name]:.3f}" if "bare" in stage else "" for stage in stages)]
         for heading, name in (("bare cut: perplexity", "perplexity"), ("bare cut: ratio", "perplexity_ratio"))
     ]
-
-
-def _interval(bounds: list[float]) -> str:
-    return f"{bounds[0]:.3f} - {bounds[1]:.3f}"

@@ -46,6 +46,15 @@ def name_of(path: Path) -> str:
     )
 
 
+def is_interval_end(path: Path) -> bool:
+    """Tell whether a figure is an end of an interval over documents.
+
+    >>> is_interval_end(("against", "interval", 1)), is_interval_end(("perplexity",))
+    (True, False)
+    """
+    return len(path) > 1 and path[-2] in ("interval", "ratio_interval")
+
+
 def why_unknown(path: Path, known: Figures) -> str:
     """Say what is wrong with a name that is none of the ``known`` ones, and what there is in its place."""
     depth = next(size for size in range(len(path), -1, -1) if _below(path[:size], known))

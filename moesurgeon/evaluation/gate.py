@@ -17,7 +17,7 @@ from typing import Any, Literal
 from simpleeval import SimpleEval
 
 from moesurgeon.errors import UsageError
-from moesurgeon.evaluation.figures import Figures, Path, name_of, why_unknown
+from moesurgeon.evaluation.figures import Figures, Path, is_interval_end, name_of, why_unknown
 
 _LONGEST = 2000  # characters
 _DEEPEST = 40  # levels of the syntax tree; conditions joined by "and" are on one level
@@ -64,6 +64,19 @@ class Gate:
                 reason = f"{name_of(path)} needs {missing}" if missing else why_unknown(path, possible)
                 raise UsageError(f"gate {self.expression!r}: {reason}")
 
+    def refuse_unknown_intervals(self, expected: Figures) -> None:
+        """Raise UsageError if a condition needs an end of an interval that will have no value.
+
+        ``expected``: the figures that the report will have, as far as the text tells. A condition with ``or`` or
+        ``and`` inside may never ask for it, and is left to :meth:`judge`.
+        """
+        for condition in self.conditions:
+            if any(isinstance(node, ast.BoolOp) for node in ast.walk(condition.tree)):
+                continue
+            for path in condition.names.values():
+                if is_interval_end(path) and path in expected and expected[path] is None:
+                    raise UsageError(f"gate {condition.text!r}: {_without_value(path)}")
+
     def judge(self, figures: Figures) -> dict[str, Any]:
         """Return what a report says of the gate: whether it passed, each condition, and the figures that it names.
 
@@ -100,13 +113,22 @@ class Gate:
         except OverflowError:
             raise UsageError(f"gate {condition.text!r} has a number that is too large; correct it") from None
         except _NoValue as missing:
-            raise UsageError(
-                f"gate {condition.text!r}: {missing} has no value in this report; ask for it behind an `or`"
-            ) from None
+            raise UsageError(f"gate {condition.text!r}: {_without_value(missing.path)}") from None
 
 
 class _NoValue(Exception):
-    pass
+    def __init__(self, path: Path) -> None:
+        super().__init__(name_of(path))
+        self.path = path
+
+
+def _without_value(path: Path) -> str:
+    if is_interval_end(path):
+        return (
+            f"{name_of(path)} has no value, since one document gives no interval; give text of two documents at "
+            "least, or compare the figure itself"
+        )
+    return f"{name_of(path)} has no value in this report; ask for it behind an `or`"
 
 
 class _Variables(dict[str, Any]):
@@ -115,7 +137,7 @@ class _Variables(dict[str, Any]):
     def __getitem__(self, name: str) -> float:
         path, value = super().__getitem__(name)
         if value is None:
-            raise _NoValue(name_of(path))
+            raise _NoValue(path)
         return float(value)
 
 

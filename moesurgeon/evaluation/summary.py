@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesurgeon.evaluation.measure import AGREEMENT, EDGES, ESAP, KL, LOSS, TEACHER_LOSS, Measurement
+from moesurgeon.traces.windows import Window
 
 _RESAMPLES = 1000
 _SEED = 20251122
@@ -19,7 +20,8 @@ def summarise(measured: Measurement) -> dict[str, Any]:
     """Return the report of an evaluation.
 
     ``loss`` is in nats per predicted token, weighted by tokens; ``interval`` is the 95 % bootstrap
-    interval of the perplexity over documents (of the perplexity ratio under ``against``, paired).
+    interval of the perplexity over documents (of the perplexity ratio under ``against``, paired), two times None
+    where all of the text is one document.
     """
     everything = np.ones(len(measured.domain), dtype=bool)
     report: dict[str, Any] = {
@@ -48,6 +50,21 @@ def possible_report(domains: Sequence[str], *, length: int, has_teacher: bool) -
     buckets[..., -1] = 1
     number = np.arange(len(domains))
     return summarise(Measurement(tuple(domains), number, number, buckets, 1.0, 1, has_teacher))
+
+
+def expected_report(windows: Sequence[Window], domains: Sequence[str], *, has_teacher: bool) -> dict[str, Any]:
+    """Return a report with every figure that one on these ``windows`` will have; the values say nothing.
+
+    A figure that is None here for lack of documents will be None in the report.
+    """
+    longest = max(len(window.tokens) for window in windows)
+    edges = [*(edge for edge in EDGES if edge < longest - 1), longest - 1]
+    buckets = np.zeros((len(windows), len(edges) - 1, 6))
+    for row, window in zip(buckets, windows, strict=True):
+        row[:, -1] = np.diff(np.minimum(edges, len(window.tokens) - 1))
+    rows = [(domains.index(window.domain), window.document) for window in windows]
+    domain, document = np.array(rows, dtype=np.int64).T
+    return summarise(Measurement(tuple(domains), domain, document, buckets, 1.0, 1, has_teacher))
 
 
 def _losses(measured: Measurement, chosen: NDArray[np.bool_]) -> dict[str, Any]:
@@ -105,18 +122,19 @@ def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> dict[str, 
     return {"perplexity_ratio": float(np.exp(rises.sum() / counts.sum())), "interval": _interval(rises, counts)}
 
 
-def _interval(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> list[float]:
-    return [float(np.exp(bound)) for bound in bootstrap(sums, counts)]
+def _interval(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> list[float] | list[None]:
+    found = bootstrap(sums, counts)
+    return [None, None] if found is None else [float(np.exp(bound)) for bound in found]
 
 
-def bootstrap(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float]:
+def bootstrap(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float] | None:
     """Return the 95 % percentile interval of ``sum(sums) / sum(counts)`` over resampled documents.
 
-    Documents, not tokens, are what was sampled: tokens of one document resemble each other. With one
-    document the interval is that one value.
+    Documents, not tokens, are what was sampled: tokens of one document resemble each other. None for one
+    document, which does not tell how much documents differ.
     """
-    if len(counts) == 1:
-        return float(sums[0] / counts[0]), float(sums[0] / counts[0])
+    if len(counts) < 2:
+        return None
     rng = np.random.default_rng(_SEED)
     means = np.empty(_RESAMPLES)
     for number in range(_RESAMPLES):

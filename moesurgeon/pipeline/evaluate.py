@@ -13,10 +13,10 @@ from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
 from moesurgeon.evaluation.continuations import PROMPT_TOKENS, continuations, prompts_of
 from moesurgeon.evaluation.degeneration import degeneration
-from moesurgeon.evaluation.figures import Figures, figures_of
+from moesurgeon.evaluation.figures import Figures, figures_of, is_interval_end
 from moesurgeon.evaluation.gate import Gate, parse_gate
 from moesurgeon.evaluation.measure import measure
-from moesurgeon.evaluation.summary import possible_report, summarise
+from moesurgeon.evaluation.summary import expected_report, possible_report, summarise
 from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.subject import Subject, open_subject
@@ -60,6 +60,7 @@ def evaluate(
     length = window_length(subject, text)
     _refuse_long(subjects, spec, length)
     corpus = read_text(subject, text, builtin_split="report")
+    refuse_unknown_intervals(gate, corpus, has_teacher=other is not None)
     ranks = join_ranks(running.device)
     with ready(subjects, corpus, placement, length=length, max_memory=running.max_memory) as walk:
         if spec.continuations:
@@ -118,6 +119,20 @@ def read_gate(subject: Subject, text: Text, spec: EvaluateSpec, *, has_teacher: 
     }
     gate.check(possible(has_teacher, continues), otherwise)
     return gate
+
+
+def needs_intervals(gate: Gate | None) -> bool:
+    """Tell whether ``gate`` names an end of an interval over documents."""
+    return gate is not None and any(map(is_interval_end, gate.figures))
+
+
+def refuse_unknown_intervals(gate: Gate | None, corpus: Corpus, *, has_teacher: bool) -> None:
+    """Raise UsageError if ``gate`` needs an end of an interval for which ``corpus`` has too few documents."""
+    if needs_intervals(gate):
+        assert gate is not None
+        gate.refuse_unknown_intervals(
+            figures_of(expected_report(corpus.windows, corpus.domains, has_teacher=has_teacher))
+        )
 
 
 def _refuse_long(subjects: Sequence[Subject], spec: EvaluateSpec, length: int) -> None:

@@ -11,16 +11,16 @@ import numpy as np
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
-from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
+from moesurgeon.pipeline.evaluate import EvaluateSpec, needs_intervals, read_gate, refuse_unknown_intervals
 from moesurgeon.pipeline.heal import check_heal
-from moesurgeon.pipeline.options import HealSpec, Writing
+from moesurgeon.pipeline.options import HealSpec, Text, Writing
 from moesurgeon.pipeline.prune_spec import PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.recipe import Recipe, Step
 from moesurgeon.pipeline.recover_adapter import refuse_adapter
 from moesurgeon.pipeline.sample import refuse_unsampled
 from moesurgeon.pipeline.stage_state import counts_of, heal_of
-from moesurgeon.pipeline.subject import open_subject
-from moesurgeon.pipeline.text import trace_specs, window_length
+from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.pipeline.text import read_text, trace_specs, window_length
 from moesurgeon.recovery.adalora import refuse_ranks
 from moesurgeon.recovery.log import check_log
 from moesurgeon.recovery.objective import refuse_without_gradient
@@ -67,6 +67,25 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
             if step.recover.log is not None and step.recover.log.exists():
                 raise UsageError(f"recover: {{log: {step.recover.log}}} exists; remove it or name another")
             refuse_without_gradient(anatomy, step.recover.losses, step.recover.adapt)
+    _refuse_unknown_intervals(subject, recipe)
+
+
+def _refuse_unknown_intervals(subject: Subject, recipe: Recipe) -> None:
+    """Raise UsageError if a gate needs an interval and its text, which is read for that, is one document."""
+    gate = read_gate(subject, recipe.text, EvaluateSpec(gates=(recipe.gate,) if recipe.gate else ()), has_teacher=True)
+    if needs_intervals(gate):
+        text = recipe.text.even(split=recipe.text.split or "report", max_tokens=recipe.report_tokens)
+        refuse_unknown_intervals(gate, read_text(subject, text, builtin_split="report"), has_teacher=True)
+    is_sampled = False
+    for step in recipe.steps:
+        is_sampled = is_sampled or step.sample is not None
+        heal = step_on(recipe, step).heal
+        if step.prune and step.prune.gates and heal is not None and not is_sampled:  # samples are not there yet
+            judging = Text(traces=heal.traces, length=heal.length)
+            gate = read_gate(subject, judging, EvaluateSpec(gates=step.prune.gates), has_teacher=True)
+            if needs_intervals(gate):
+                corpus = read_text(subject, heal.judging, builtin_split="validation")
+                refuse_unknown_intervals(gate, corpus, has_teacher=True)
 
 
 def _refuse_taken(own: Sequence[str], healing: HealSpec) -> None:

@@ -24,7 +24,7 @@ from moesurgeon.evaluation.figures import figures_of
 from moesurgeon.evaluation.gate import Gate, failure
 from moesurgeon.evaluation.summary import summarise
 from moesurgeon.pipeline.choice import Choice, choose, choose_by, plan_chosen
-from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate
+from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate, refuse_unknown_intervals
 from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.heal import Healer, healer
 from moesurgeon.pipeline.healed_choice import settled
@@ -71,6 +71,7 @@ def prune_in_stages(
     with healer(
         subject, heal, running, progress, like=plan_prune(anatomy, like), choosing=spec.criterion == HEALED
     ) as open_healer:
+        refuse_unknown_intervals(gate, open_healer.judge, has_teacher=True)
         digest = _digest(subject, spec, open_healer)
         with stage_folder(folder, digest, stays=spec.run is not None) as stages:
             work = _Stages(subject, spec, open_healer, stages, gate, progress)

@@ -38,12 +38,13 @@ def _closed(like: Measurement, chosen: NDArray[np.bool_], before: Sums, after: S
         for values in (before - after, before - teacher, like.positions)
     )
     total = float(gaps.sum())
-    is_sure = total > 0 and len(counts) > 1 and bootstrap(gaps, counts)[0] > 0
+    gap = bootstrap(gaps, counts) if total > 0 else None
+    share = bootstrap(gains, gaps) if gap is not None and gap[0] > 0 else None
     return {
         "loss_before": float(before[chosen].sum() / counts.sum()),
         "loss_after": float(after[chosen].sum() / counts.sum()),
         "teacher_loss": float(teacher[chosen].sum() / counts.sum()),
         "documents": len(counts),
         "gap_closed": float(gains.sum()) / total if total > 0 else None,
-        "interval": list(bootstrap(gains, gaps)) if is_sure else None,
+        "interval": None if share is None else list(share),
     }

@@ -65,7 +65,12 @@ def _by_document(judged: Judgement, row: int) -> NDArray[np.float64]:
 def _surely_below(
     counts_DE: NDArray[np.float64], experts: NDArray[np.int64], floors: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """Return which of ``experts`` are below their floor of an even share, beyond chance and choice of documents."""
+    """Return which of ``experts`` are below their floor of an even share, beyond chance and choice of documents.
+
+    None of them where all of the text is one document, which does not tell how much documents differ.
+    """
+    if len(counts_DE) < 2:
+        return np.zeros(len(experts), dtype=bool)
     even = float(counts_DE.sum()) / counts_DE.shape[-1]
     rng = np.random.default_rng(_SEED)
     documents = len(counts_DE)

@@ -94,6 +94,41 @@ def test_figure_that_turns_out_missing(tmp_path: Path) -> None:
     refused(2, *command, "--gate", 'lengths["256-511"].loss < 9', says=('lengths has ["0-127"]',))
 
 
+@pytest.fixture
+def one_document(tmp_path: Path) -> Path:
+    """Text of one document in several windows."""
+    path = tmp_path / "one.txt"
+    path.write_text(" ".join(str(number * number) for number in range(200)))
+    return path
+
+
+@pytest.mark.usefixtures("no_measure")
+@pytest.mark.parametrize(
+    "gate",
+    ["interval[1] < 1e9", "against.domains.one.interval[0] > 0", 'kl < 9 and lengths["0-127"].ratio_interval[1] < 9'],
+)
+def test_a_gate_on_an_interval_of_one_document_is_refused_before_the_walk(gate: str, one_document: Path) -> None:
+    command = ("evaluate", MIXTRAL, "--against", MIXTRAL, "-t", one_document, "--length", "64")
+    refused(2, *command, "--gate", gate, says=(gate.rsplit(" and ", maxsplit=1)[-1], "one document gives no interval"))
+
+
+@pytest.fixture
+def no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesurgeon.pipeline.evaluate.measure", pytest.fail)
+
+
+def test_one_document_has_no_interval(one_document: Path, top1: dict[str, Path]) -> None:
+    command = ("evaluate", top1[MIXTRAL], "--against", MIXTRAL, "-t", one_document, "--length", "64")
+    report = succeeded(*command, "--gate", "perplexity_ratio > 0", "--json").json
+    assert report["documents"] == 1 and report["gate"]["passed"]
+    parts = [report, report["domains"]["one"], report["against"], report["against"]["domains"]["one"]]
+    parts += report["lengths"].values()
+    assert [part["interval"] for part in parts] == [[None, None]] * len(parts)
+    assert all(part["ratio_interval"] == [None, None] for part in report["lengths"].values())
+    rows = [line.split() for line in succeeded(*command).out.splitlines()]
+    assert [row.count("?") for row in rows if row and row[0] in ("one", "all", "0-127")] == [2, 2, 2]
+
+
 def test_lengths_have_ratios_and_intervals(evaluate: Callable[..., Any]) -> None:
     report = succeeded(*evaluate("--json")).json
     (bucket,) = report["lengths"].values()

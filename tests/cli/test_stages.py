@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from moesurgeon.errors import GateFailed
 from tests.cli.invoke import contents, moesurgeon, refused, succeeded
 
@@ -31,6 +33,32 @@ def test_a_gate_that_fails_later_keeps_what_passed(out: Path) -> None:
     as_json = moesurgeon(*arguments, "--overwrite", "--json")
     assert as_json.code == GateFailed.exit_code and not as_json.json["gate"]["passed"]
     assert [stage["accepted"] for stage in as_json.json["stages"]] == [True, False]
+
+
+def test_one_document_judges_without_an_interval(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure itself can be a gate; an end of its interval is refused before anything is profiled or healed."""
+    heal = ("--heal", "builtin:json", "--heal-method", "none", "--heal-tokens", "512", "--heal-heldout", "64")
+    command = ("prune", MIXTRAL, out, "--keep", "7", *heal)
+    shown = succeeded(*command, "--gate", "perplexity_ratio < 99").out
+    (row,) = (line.split() for line in shown.splitlines() if line.strip().startswith("stage-01") and "->" in line)
+    assert row[-2:] == ["?", "accepted"]
+    says = ("against.interval[1] < 9", "one document gives no interval")
+    monkeypatch.setattr("moesurgeon.pipeline.stages._Stages", pytest.fail)
+    refused(2, *command, "--overwrite", "--gate", "against.interval[1] < 9", says=says)
+    refused(2, *command, "--overwrite", "--search", "--gate", "against.interval[1] < 9", says=says)
+    recipe = tmp_path / "recipe.yaml"
+    step = (
+        "steps: [{prune: {keep: 7, gates: ['against.interval[1] < 9'], "
+        "heal: {traces: ['builtin:json'], method: none, heldout_tokens: 64}}}]\n"
+    )
+    monkeypatch.setattr("moesurgeon.pipeline.run._measured", pytest.fail)
+    recipe.write_text(f"checkpoint: {MIXTRAL}\n{step}")
+    refused(2, "run", recipe, "-o", tmp_path / "run", says=says)
+    recipe.write_text(
+        f"checkpoint: {MIXTRAL}\ntext: {{traces: ['builtin:json']}}\nreport_tokens: 64\n"
+        "gate: against.interval[1] < 9\nsteps: [{retop: {}}]\n"
+    )
+    refused(2, "run", recipe, "-o", tmp_path / "run", says=says)
 
 
 def test_search(out: Path) -> None:

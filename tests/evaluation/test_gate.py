@@ -100,6 +100,29 @@ def test_several_gates_all_have_to_hold() -> None:
     assert parse_gate([]) is None
 
 
+ONE_DOCUMENT = figures_of(
+    {"documents": 1, "loss": 2.0, "interval": [None, None], "against": {"interval": [None, None]}}
+)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["interval[1] < 8", "loss < 3 and against.interval[0] < 1", "not interval[1] > 8", "1 < interval[0] < 9"],
+)
+def test_an_interval_of_one_document_is_refused(expression: str) -> None:
+    for judge in (_gate(expression).refuse_unknown_intervals, _gate(expression).judge):
+        with pytest.raises(UsageError, match=r"has no value, since one document gives no interval; give text of two"):
+            judge(ONE_DOCUMENT)
+    _gate(expression).refuse_unknown_intervals({path: 1.0 for path in ONE_DOCUMENT})
+
+
+def test_a_gate_may_ask_for_the_documents_first() -> None:
+    gate = _gate("documents == 1 or interval[1] < 8")
+    gate.refuse_unknown_intervals(ONE_DOCUMENT)
+    assert gate.judge(ONE_DOCUMENT)["passed"] is True
+    _gate("loss < 3").refuse_unknown_intervals(ONE_DOCUMENT)
+
+
 def test_a_condition_behind_one_that_fails_needs_no_value() -> None:
     judged = _judged("degeneration.loops > 0 and degeneration.first_loop_at > 10")
     assert judged["passed"] is False

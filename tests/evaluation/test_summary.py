@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesurgeon.evaluation.figures import figures_of
+from moesurgeon.evaluation.figures import figures_of, is_interval_end
 from moesurgeon.evaluation.measure import AGREEMENT, EDGES, ESAP, KL, LOSS, TEACHER_LOSS, Measurement
-from moesurgeon.evaluation.summary import bootstrap, possible_report, summarise
+from moesurgeon.evaluation.summary import bootstrap, expected_report, possible_report, summarise
+from moesurgeon.traces.windows import Window
 
 
 def _seeded() -> np.random.Generator:
@@ -128,16 +129,52 @@ def test_documents_of_two_domains_are_two_documents_whatever_their_numbers() -> 
     assert [figures["documents"] for figures in report["domains"].values()] == [2, 2]
 
 
-def test_one_document_leaves_no_room_for_doubt() -> None:
+def test_one_document_gives_no_interval() -> None:
     report = summarise(_measurement([0, 0], [7, 7], [10, 20], np.array([[10.0] * 5, [50.0] * 5])))
-    assert report["interval"] == pytest.approx([np.exp(2.0)] * 2)
+    assert report["perplexity"] == pytest.approx(np.exp(2.0))
+    unknown = [None, None]
+    assert report["interval"] == report["domains"]["d0"]["interval"] == unknown
+    assert report["against"]["interval"] == report["against"]["domains"]["d0"]["interval"] == unknown
+    assert report["lengths"]["0-127"]["interval"] == report["lengths"]["0-127"]["ratio_interval"] == unknown
+    assert bootstrap(np.array([10.0]), np.array([5.0])) is None
+
+
+def test_one_document_of_each_of_two_domains_gives_an_interval_of_the_whole_alone() -> None:
+    report = summarise(_measurement([0, 1], [0, 0], [10, 20], np.array([[10.0] * 5, [50.0] * 5])))
+    assert None not in report["interval"]
+    assert [figures["interval"] for figures in report["domains"].values()] == [[None, None]] * 2
+
+
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_what_is_expected_of_a_text_is_what_comes(has_teacher: bool) -> None:
+    """Same figures, and the same of them without a value."""
+    sizes = [[(0, 200), (1, 8)], [(0, 300), (0, 129), (0, 9)]]  # (document, tokens) by domain
+    windows = [
+        Window(f"d{number}", document, 0, np.zeros(tokens, np.int32))
+        for number, rows in enumerate(sizes)
+        for document, tokens in rows
+    ]
+    expected = expected_report(windows, ["d0", "d1"], has_teacher=has_teacher)
+    buckets = _seeded().uniform(1, 2, (5, 3, 6))
+    buckets[..., 5] = [[128, 71, 0], [7, 0, 0], [128, 128, 43], [128, 0, 0], [8, 0, 0]]
+    buckets[buckets[..., 5] == 0] = 0
+    domain = [int(window.domain[1]) for window in windows]
+    document = [window.document for window in windows]
+    measured = _measurement(domain, document, [1] * 5, np.ones((5, 5)), buckets=buckets, has_teacher=has_teacher)
+    mine, real = figures_of(expected), figures_of(summarise(measured))
+    ends = [path for path in real if is_interval_end(path)]
+    assert mine.keys() == real.keys() and len(ends) > 10
+    assert {path for path in ends if mine[path] is None} == {path for path in ends if real[path] is None} != set()
+    assert expected["tokens"] == summarise(measured)["tokens"] == 641
 
 
 @settings(deadline=None, max_examples=30)  # a thousand resamples each
 @given(st.lists(st.tuples(st.floats(0.1, 100.0), st.integers(1, 500)), min_size=2, max_size=30))
 def test_the_bootstrap_stays_between_the_extreme_documents(values: list[tuple[float, int]]) -> None:
     sums, counts = np.array(values, dtype=float).T
-    low, high = bootstrap(sums, counts)
+    found = bootstrap(sums, counts)
+    assert found is not None
+    low, high = found
     assert (sums / counts).min() - 1e-9 <= low <= high <= (sums / counts).max() + 1e-9
 
 
@@ -148,7 +185,9 @@ def test_the_bootstrap_covers_what_it_claims() -> None:
         # Gamma with mean 2: skewed, as losses of documents are; lengths vary independently.
         counts = random.integers(20, 200, 40).astype(float)
         sums = random.gamma(4.0, truth / 4.0, 40) * counts
-        low, high = bootstrap(sums, counts)
+        found = bootstrap(sums, counts)
+        assert found is not None
+        low, high = found
         inside += low <= truth <= high
     assert 0.85 <= inside / 150 <= 0.99
 
@@ -174,10 +213,12 @@ def test_buckets_are_documents_of_their_own() -> None:
         assert figures["perplexity_ratio"] == pytest.approx(ratio, rel=1e-12)
         for value, interval in (("perplexity", "interval"), ("perplexity_ratio", "ratio_interval")):
             low, high = figures[interval]
-            assert low < figures[value] < high if number < 5 else low == pytest.approx(figures[value])
+            assert low < figures[value] < high if number < 5 else (low, high) == (None, None)
     chosen = buckets[:, 4].reshape(15, 2, 6).sum(axis=1)[:10]
     rises = chosen[:, LOSS] - chosen[:, TEACHER_LOSS]
-    assert lengths["1024-2047"]["ratio_interval"] == pytest.approx(np.exp(bootstrap(rises, chosen[:, 5])))
+    found = bootstrap(rises, chosen[:, 5])
+    assert found is not None
+    assert lengths["1024-2047"]["ratio_interval"] == pytest.approx(np.exp(found))
     whole = summarise(measured)
     assert whole["tokens"] == sum(figures["tokens"] for figures in lengths.values())
 

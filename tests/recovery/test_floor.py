@@ -96,3 +96,8 @@ def test_the_whole_interval_is_below(anatomy: Anatomy, expert: int, sure: bool) 
     assert (np.quantile(shares, 0.975) < 0.25) == sure
     (layer,) = use_of(anatomy, judged([EVEN] * 40), judged(counts.tolist())).values()
     assert expert in layer["fallen"] and (expert in layer["starved"]) == sure
+
+
+def test_one_document_tells_nothing_for_sure(anatomy: Anatomy) -> None:
+    (layer,) = use_of(anatomy, judged([EVEN] * 12), judged([with_last(1)] * 12, [0] * 12)).values()
+    assert layer["fallen"] == [7] and layer["starved"] == []
