@@ -1,4 +1,4 @@
-"""Recipes: a whole operation in YAML, checked before anything runs.
+"""Recipes: a whole operation in YAML, checked before anything runs; ``recipe_file`` reads them.
 
 The steps fill the same objects as the commands' options:
 
@@ -14,12 +14,10 @@ The steps fill the same objects as the commands' options:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moesurgeon.errors import InputError
 from moesurgeon.pipeline.options import HealSpec, Running, SampleSpec, Text
 from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.recovery.objective import Losses
@@ -89,14 +87,6 @@ class Step(BaseModel):
     prune: PruneSpec | None = None
     recover: RecoverStep | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_is_defaults(cls, value: Any) -> Any:
-        """``- profile:`` with nothing behind it means its defaults."""
-        if not isinstance(value, dict):
-            return value
-        return {name: {} if given is None else given for name, given in value.items()}
-
     @model_validator(mode="after")
     def _is_one(self) -> Step:
         if len(self.model_fields_set) != 1:
@@ -165,33 +155,3 @@ class Recipe(BaseModel):
             if not any(later.heal for later in self.steps[number:]):
                 raise ValueError("nothing heals on what sample writes: put it before a step with heal")
         return self
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Read and check the recipe in ``path``; InputError with the first thing that is wrong."""
-    try:
-        loaded: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Recipe.model_validate(loaded)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; give the path of a recipe") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML ({' '.join(str(error).split())[:200]}); correct it") from error
-    except ValidationError as error:
-        raise InputError(f"{path}: {_what_is_wrong(error)}") from error
-
-
-def _what_is_wrong(error: ValidationError) -> str:
-    """Say in a line where the first problem of a recipe is and what it is."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the recipe"
-    match first["type"]:
-        case "extra_forbidden" | "unexpected_keyword_argument":
-            return f"{where}: there is no such key; remove it or correct its name"
-        case "missing":
-            return f"{where} is missing; add it"
-        case "model_type" | "dataclass_type":
-            return f"{where} must be keys with values, not {str(first['input'])[:60]!r}; see the recipes for examples"
-        case "value_error":
-            return f"{where}: {first['ctx']['error']}"
-        case _:
-            return f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {str(first['input'])[:60]!r}"

@@ -24,8 +24,9 @@ from moesurgeon.pipeline.journal import append, write_whole
 from moesurgeon.pipeline.options import Text, Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
-from moesurgeon.pipeline.recipe import Recipe, RecoverStep, Step, read_recipe
+from moesurgeon.pipeline.recipe import Recipe, RecoverStep, Step
 from moesurgeon.pipeline.recipe_check import refuse_impossible, step_on
+from moesurgeon.pipeline.recipe_file import read_recipe
 from moesurgeon.pipeline.recover import RecoverSpec, recover
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.sample import sample

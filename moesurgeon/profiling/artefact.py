@@ -13,6 +13,7 @@ import numpy as np
 import moesurgeon
 from moesurgeon.checkpoint.header import read_header
 from moesurgeon.checkpoint.staging import staged
+from moesurgeon.checkpoint.strict_json import parse_strictly
 from moesurgeon.errors import CheckpointError, ProfileError
 from moesurgeon.profiling.inner import Inner
 from moesurgeon.profiling.latency_facts import checked_latency, latency_summary
@@ -99,7 +100,7 @@ def load_profile(folder: Path) -> Profile:
     if not (folder / FACTS).is_file() or not (folder / _SUMS).is_file():
         raise ProfileError(f"{folder} is no profile: it lacks {FACTS} or {_SUMS}; make one with moesurgeon profile")
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = parse_strictly((folder / FACTS).read_text(encoding="utf-8"))
         if facts.get("schema_version") != SCHEMA:
             raise ProfileError(
                 f"{folder} has schema version {facts.get('schema_version')}, not {SCHEMA}; profile again"
@@ -119,12 +120,17 @@ def load_profile(folder: Path) -> Profile:
             Inner.of_profile(folder, facts),
             checked_latency(facts.get("latency"), statistics.layers),
         )
-        if not all(0 <= float(weight) < float("inf") for weight in profile.origin.weights.values()):
+        numbers = [statistics.experts, statistics.top_k, *statistics.layers]
+        if not all(type(number) is int for number in numbers):  # true would be 1
+            raise TypeError("numbers")
+        if not all(type(name) is str for name in statistics.domains):
+            raise TypeError("domains")
+        weights = profile.origin.weights.values()
+        if not all(type(weight) in (int, float) and 0 <= weight < float("inf") for weight in weights):
             raise ValueError("weights")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
-        raise ProfileError(
-            f"{folder} is damaged ({type(error).__name__}); make it again with moesurgeon profile"
-        ) from error
+        why = str(error)[:120] if "comes twice" in str(error) else type(error).__name__
+        raise ProfileError(f"{folder} is damaged ({why}); make it again with moesurgeon profile") from error
     expected = shapes_of(len(statistics.domains), len(statistics.layers), statistics.experts, statistics.top_k)
     for name, shape in expected.items():
         array = arrays.get(name)

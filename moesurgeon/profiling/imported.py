@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moesurgeon.checkpoint.strict_json import holds_numbers, parse_strictly, whole_number
 from moesurgeon.errors import InputError
 from moesurgeon.profiling.statistics import Array, Statistics
 from moesurgeon.surgery.anatomy import Anatomy
@@ -52,11 +52,11 @@ def imported(path: Path, text: str, anatomy: Anatomy) -> Statistics:
 
 def _from_json(path: Path, text: str, anatomy: Anatomy) -> dict[int, Array]:
     try:
-        loaded: Any = json.loads(text)
+        loaded: Any = parse_strictly(text)
         if isinstance(loaded, dict) and "logical_count" not in loaded:
-            return {int(layer): _row(path, f"layer {layer}", row, anatomy) for layer, row in loaded.items()}
+            return {whole_number(layer): _row(path, f"layer {layer}", row, anatomy) for layer, row in loaded.items()}
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not {_FORMS} ({str(error)[:80]})") from error
+        raise InputError(f"{path} is not {_FORMS} ({str(error)[:120]})") from error
     rows = _array(path, "the counts", loaded["logical_count"] if isinstance(loaded, dict) else loaded)
     if rows.ndim == 3:  # steps first
         rows = rows.sum(axis=0)
@@ -75,6 +75,9 @@ def _from_json(path: Path, text: str, anatomy: Anatomy) -> dict[int, Array]:
 
 def _from_csv(path: Path, text: str, anatomy: Anatomy) -> dict[int, Array]:
     reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
+    names = [name.strip().lower() for name in reader.fieldnames or () if name]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{path}: its first line names the column {twice[0]} twice; keep one of them")
     columns = {name.strip().lower(): name for name in reader.fieldnames or () if name}
     if missing := [name for name in ("layer", "expert", "tokens") if name not in columns]:
         raise InputError(f"{path} is not {_FORMS}: its first line names no {', '.join(missing)}")
@@ -82,9 +85,12 @@ def _from_csv(path: Path, text: str, anatomy: Anatomy) -> dict[int, Array]:
     for line in reader:
         values = [line[columns[name]] for name in ("layer", "expert", "tokens")]
         try:
-            layer, expert, tokens = int(values[0]), int(values[1]), float(values[2])
-        except (TypeError, ValueError) as error:
+            layer, expert = (whole_number(value.strip()) for value in values[:2])
+            tokens = _count(values[2])
+        except (AttributeError, TypeError, ValueError) as error:
             raise InputError(f"{path}, line {reader.line_num}: {values} are no numbers; correct it") from error
+        if None in line:
+            raise InputError(f"{path}, line {reader.line_num} has more cells than the first line; correct it")
         if not 0 <= expert < anatomy.experts:
             raise InputError(
                 f"{path}, line {reader.line_num}: there is no expert {expert}; the checkpoint has {anatomy.experts}"
@@ -105,7 +111,16 @@ def _row(path: Path, what: str, values: Any, anatomy: Anatomy) -> Array:
     return row
 
 
+def _count(text: str) -> float:
+    """Return the number in a cell; ValueError also for 1_000, which Python takes."""
+    if "_" in text:
+        raise ValueError(text)
+    return float(text)
+
+
 def _array(path: Path, what: str, values: Any) -> Array:
+    if not isinstance(values, np.ndarray) and not holds_numbers(values):
+        raise InputError(f"{path}: {what} are not numbers in equal rows; give {_FORMS}")
     try:
         array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

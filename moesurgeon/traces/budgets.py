@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 
 from moesurgeon.errors import UsageError
 
 SHORTEST = 8  # tokens of a window; fewer say little, and are mostly special tokens
 
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
+_COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKmMgG]?)")
 _SCALES = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 
 
@@ -41,10 +42,11 @@ def token_count(value: str | int) -> int:
     (200000, 1500000, 4096)
     """
     found = _COUNT.fullmatch(str(value).strip())
-    count = int(float(found[1]) * _SCALES[found[2].lower()]) if found and len(found[1]) < 16 else 0
-    if count < SHORTEST:
+    # In decimals: 2.3 * 1000 is less than 2300 in floats.
+    count = Decimal(found[1]) * _SCALES[found[2].lower()] if found and len(found[1]) < 16 else Decimal(0)
+    if count < SHORTEST or count != int(count):
         raise UsageError(f"{value!r} is no budget: give a number of tokens from {SHORTEST} on, such as 50000 or 200k")
-    return count
+    return int(count)
 
 
 def shares_of(
@@ -82,7 +84,7 @@ def weights_of(domains: Sequence[str], weights: Mapping[str, str | float]) -> di
     found = dict.fromkeys(domains, 1.0)
     for name, value in weights.items():
         try:
-            found[name] = float(value)
+            found[name] = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
         except ValueError:
             found[name] = math.nan
         if not 0 <= found[name] < math.inf:

@@ -10,7 +10,8 @@ from moesurgeon.errors import InputError
 from moesurgeon.healing.pace import Pace
 from moesurgeon.pipeline.options import HealSpec, Running, SampleSpec, Text
 from moesurgeon.pipeline.prune_spec import PruneSpec
-from moesurgeon.pipeline.recipe import Recipe, RecoverStep, RetopStep, read_recipe
+from moesurgeon.pipeline.recipe import Recipe, RecoverStep, RetopStep
+from moesurgeon.pipeline.recipe_file import read_recipe
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.surgery.retop import RetopSpec
@@ -129,7 +130,8 @@ def test_subsets_need_inner_products(prune: str, tmp_path: Path) -> None:
 
 
 def test_error_names_the_file_and_the_place(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"recipe\.yaml: steps\.1\.recover\.schedule\.stepz: there is no such key"):
+    says = r"recipe\.yaml, line 2, column 44: steps\.1\.recover\.schedule\.stepz: .*no such key; did you mean steps\?"
+    with pytest.raises(InputError, match=says):
         _read(tmp_path, "checkpoint: c\nsteps: [{retop: {}}, {recover: {schedule: {stepz: 1}}}]")
 
 

@@ -93,6 +93,13 @@ REFUSED = {
     "CSV with words": ("layer,expert,tokens\n1,two,3", "line 2: .* are no numbers"),
     "CSV cut off": ("layer,expert,tokens\n1,2", "line 2: .* are no numbers"),
     "CSV of another model": ("layer,expert,tokens\n1,16,3", "no expert 16; the checkpoint has 16"),
+    "a layer twice": ('{"1": [1],\n "2": [1],\n "1": [2]}', 'the key "1" comes twice, in lines 1 and 3'),
+    "a layer in two spellings": (json.dumps({"1": GOOD, "01": GOOD, "2": GOOD, "3": GOOD}), "'01' is no number"),
+    "true for a count": (json.dumps({"1": [True] * 16, "2": GOOD, "3": GOOD}), "are not numbers"),
+    "text for a count": (json.dumps([GOOD, GOOD, ["1"] * 16]), "are not numbers"),
+    "CSV with a column twice": ("layer,expert,tokens,Tokens\n1,2,3,4", "names the column tokens twice"),
+    "CSV with another cell": ("layer,expert,tokens\n1,2,3,4", "line 2 has more cells"),
+    "CSV with Python's numbers": ("layer,expert,tokens\n1,2,3_0", "line 2: .* are no numbers"),
     "CSV below zero": ("layer,expert,tokens\n1,1,-3", "-3 is no count"),
 }
 

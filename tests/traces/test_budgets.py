@@ -17,16 +17,23 @@ def test_a_budget_is_for_its_trace_and_the_rest_is_divided_among_the_others() ->
 
 
 @pytest.mark.parametrize(
-    ("value", "count"), [("200k", 200_000), ("1.5M", 1_500_000), ("2G", 2 * 10**9), (8, 8), (" 64 ", 64), ("0.5K", 500)]
+    ("value", "count"),
+    [("200k", 200_000), ("1.5M", 1_500_000), ("2G", 2 * 10**9), (8, 8), (" 64 ", 64), ("0.5K", 500), ("2.3k", 2300)],
 )
 def test_counts_of_tokens(value: str | int, count: int) -> None:
     assert token_count(value) == count
 
 
-@pytest.mark.parametrize("value", ["7", 0, -5, "many", "1e6", "200 kB", "", "k", "9" * 40, True])
+@pytest.mark.parametrize("value", ["7", 0, -5, "many", "1e6", "200 kB", "", "k", "9" * 40, True, "10.5", 10.5])
 def test_what_is_no_count_is_wrong_usage(value: str | int) -> None:
     with pytest.raises(UsageError, match="is no budget: give a number of tokens from 8 on"):
         token_count(value)
+
+
+@pytest.mark.parametrize("value", [True, "1_0", "two", -1, float("nan")])
+def test_what_is_no_weight_is_wrong_usage(value: str | float) -> None:
+    with pytest.raises(UsageError, match="is no weight: give a number from 0 on"):
+        weights_of(["a"], {"a": value})
 
 
 @given(st.text(max_size=40), st.floats(allow_nan=True))
