@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import shutil
+from collections.abc import Container
 from pathlib import Path
 
-from moesurgeon.checkpoint.open import CONFIG_NAME, PROVENANCE_NAME
+from moesurgeon.checkpoint.open import CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME
 
-# Weights in any format (stale beside edited ones), what we write ourselves, and the hub's own files.
-_NOT_COPIED = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz",
-    "*.index.json", CONFIG_NAME, PROVENANCE_NAME, "README.md", ".*",
+# Weights in any format (stale beside edited ones), their indexes by any variant, what describes them in other
+# formats (Mistral's params.json counts experts, an adapter's config redirects loaders), training states.
+_STALE = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.npz",
+    "*.npy", "*.pkl", "*.pickle", "*.nemo", "*.distcp", "*.ot", "*.tar", "*.zip", "*.gz", "*.incomplete",
+    "*.index.json", "*.index.*.json", "params.json", "adapter_config.json", "config.*.json", "trainer_state.json",
 )  # fmt: skip
+# What we write ourselves, and the hub's own files.
+_OURS = (CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, "README.md", ".*")
 
 
 # Folders of plain files that belong to the tokenizer.
@@ -21,11 +26,24 @@ _FOLDERS = ("additional_chat_templates",)
 
 def auxiliary_files(root: Path) -> list[Path]:
     """Return the files of a checkpoint folder that an edited copy needs besides its weights."""
-    return [
-        path
-        for path in sorted(root.iterdir())
-        if path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_COPIED)
-    ]
+    return [path for path in sorted(root.iterdir()) if path.is_file() and not _matches(path.name, *_STALE, *_OURS)]
+
+
+def left_out(root: Path, shards: Container[str]) -> list[str]:
+    """Return the names of the files and folders (with a slash) of a checkpoint folder that no copy has in any form.
+
+    ``shards``: the files of weights, which are written anew. Hidden files do not count.
+    """
+    files = [path.name for path in root.iterdir() if path.is_file() and _matches(path.name, *_STALE)]
+    folders = [path.name for path in root.iterdir() if path.is_dir() and path.name not in _FOLDERS]
+    return sorted(
+        [name for name in files if name not in shards and not _matches(name, *_OURS)]
+        + [f"{name}/" for name in folders if not name.startswith(".")]
+    )
+
+
+def _matches(name: str, *patterns: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def copy_auxiliary(root: Path, target: Path) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moesurgeon.checkpoint.header import Header, StoredTensor, parse_json, read_header
+from moesurgeon.checkpoint.pointers import read_by_loaders, refuse_pointers
 from moesurgeon.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_NAME = "adapter_config.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 PROVENANCE_NAME = "moesurgeon.json"
@@ -64,6 +66,12 @@ def open_checkpoint(root: Path) -> Checkpoint:
     for path in root.iterdir():
         if path.is_symlink():
             _inside(root, path.name)  # also of files that others read: tokenizer, card, licence
+    refuse_pointers(root, read_by_loaders(root))
+    if (root / ADAPTER_NAME).exists() and not (root / CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"{root} holds an adapter, not a model; merge it into its base with peft: "
+            "model.merge_and_unload().save_pretrained(...)"
+        )
     config = read_json_file(root, CONFIG_NAME)
     index: dict[str, Any] = {}
     if (root / INDEX_NAME).exists():
@@ -74,6 +82,8 @@ def open_checkpoint(root: Path) -> Checkpoint:
         weight_map, shards = {}, [SINGLE_NAME]
     else:
         raise CheckpointError(_no_weights(root))
+    _refuse_missing(root, shards)
+    refuse_pointers(root, shards)
     names = {name: name for name in weight_map}
     headers = {shard: read_header(_inside(root, shard), shard, names) for shard in shards}
     tensors: dict[str, StoredTensor] = {}
@@ -111,14 +121,28 @@ def read_json_file(root: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def _refuse_missing(root: Path, shards: Sequence[str]) -> None:
+    """Raise CheckpointError with the shards that the index names and the folder lacks, and those that are there."""
+    missing = [shard for shard in shards if not _plain(root, shard).exists()]
+    if not missing:
+        return
+    there = [shard for shard in shards if shard not in missing]
+    found = f"there are {len(there)} of {len(shards)} shards ({_few(there)})" if there else "no shard is there"
+    raise CheckpointError(
+        f"{_few(missing)} {'is' if len(missing) == 1 else 'are'} missing from {root}; {found}: download the others"
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
 def _inside(root: Path, name: str) -> Path:
     """Return ``root/name`` if it is a regular file that lies in the checkpoint.
 
     Links are followed inside the folder, and from a hub cache's snapshot to the blobs beside it.
     """
-    if not name or len(name.encode()) > 255 or any(sign in name for sign in "/\\\0") or name in (".", ".."):
-        raise CheckpointError(f"the checkpoint names {name[:80]!r} as one of its files; refused: not a plain file name")
-    path = root / name
+    path = _plain(root, name)
     if not path.exists():
         raise CheckpointError(f"{name} is missing from {root}; the checkpoint is incomplete")
     target, home = path.resolve(), root.resolve()
@@ -130,6 +154,13 @@ def _inside(root: Path, name: str) -> Path:
     if not target.is_file():
         raise CheckpointError(f"{name} in {root} is not a regular file")
     return path
+
+
+def _plain(root: Path, name: str) -> Path:
+    """Return ``root/name`` if ``name`` is a plain file name."""
+    if not name or len(name.encode()) > 255 or any(sign in name for sign in "/\\\0") or name in (".", ".."):
+        raise CheckpointError(f"the checkpoint names {name[:80]!r} as one of its files; refused: not a plain file name")
+    return root / name
 
 
 def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
@@ -168,5 +199,11 @@ def _no_weights(root: Path) -> str:
         return (
             f"{root} holds pickled weights ({pickles[0]}), which can run code and are never opened; convert it with "
             "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    others = sorted(path.name for path in root.glob("*.safetensors"))
+    if others:
+        return (
+            f"{root} holds {others[0]} and {len(others) - 1} more, but no {INDEX_NAME} that says which tensor is "
+            f"where; download the index, or call a single file {SINGLE_NAME}"
         )
     return f"{root} holds neither {INDEX_NAME} nor {SINGLE_NAME}; it is not a safetensors checkpoint"

@@ -47,6 +47,8 @@ def _show(report: Report) -> None:
         rows.insert(4, ("groups", f"{routing['kept_groups']} of {routing['groups']}"))
     if report["mtp_layers"]:
         rows.insert(1, ("MTP layers", str(len(report["mtp_layers"]))))
+    if report["left_out"]:
+        rows.append(("not copied", ", ".join(report["left_out"][:6]) + (", ..." if report["left_out"][6:] else "")))
     facts(f"{report['checkpoint']}: {report['title']}", rows)
     for problem in report["problems"]:
         print(f"  problem: {problem}")

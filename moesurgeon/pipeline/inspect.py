@@ -9,7 +9,6 @@ from moesurgeon.families.keys import value_at
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.runtime.cost import count_flops, count_parameters
 from moesurgeon.surgery.anatomy import Anatomy
-from moesurgeon.surgery.completeness import problems_of
 
 
 def inspect(name: str) -> dict[str, Any]:
@@ -48,7 +47,8 @@ def inspect(name: str) -> dict[str, Any]:
         "layout": anatomy.layout.name,
         "shards": len(checkpoint.headers),
         "fingerprint": subject.fingerprint,
-        "problems": problems_of(anatomy),
+        "problems": [*subject.problems, *subject.warnings],
+        "left_out": list(subject.beside.left_out),
     }
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from moesurgeon.checkpoint.beside import Beside, look_beside
 from moesurgeon.checkpoint.locate import locate
-from moesurgeon.checkpoint.open import Checkpoint, open_checkpoint
+from moesurgeon.checkpoint.open import INDEX_NAME, Checkpoint, open_checkpoint
 from moesurgeon.checkpoint.reader import Identity, identity_of
 from moesurgeon.errors import CheckpointError
 from moesurgeon.surgery.anatomy import Anatomy, examine
-from moesurgeon.surgery.completeness import require_complete
+from moesurgeon.surgery.completeness import problems_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,21 @@ class Subject:
     def identity(self) -> Identity:
         return identity_of(self.checkpoint)
 
+    @cached_property
+    def beside(self) -> Beside:
+        """What lies in the folder besides the checkpoint."""
+        return look_beside(self.checkpoint)
+
+    @cached_property
+    def problems(self) -> list[str]:
+        """Why this is no whole checkpoint that every loader takes alike, a line each; empty if it is one."""
+        return [*self.beside.redirects, *problems_of(self.anatomy)]
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What some loaders mind, and what an edit copies as it is."""
+        return [*self.beside.warnings, *_other_size(self.checkpoint)]
+
     @property
     def fingerprint(self) -> str:
         return self.identity.fingerprint
@@ -42,12 +59,31 @@ class Subject:
 
 
 def open_subject(name: str, *, complete: bool = True) -> Subject:
-    """Open the checkpoint that ``name`` means and, with ``complete``, refuse one with gaps."""
+    """Open the checkpoint that ``name`` means and, with ``complete``, refuse one with problems."""
     try:
         checkpoint = open_checkpoint(locate(name))
     except OSError as error:
         raise CheckpointError(f"{name[:200]} cannot be read ({error.strerror}); check path and permissions") from error
     anatomy = examine(checkpoint.config, checkpoint.tensors)
-    if complete:
-        require_complete(anatomy)
-    return Subject(name, checkpoint, anatomy)
+    subject = Subject(name, checkpoint, anatomy)
+    if complete and subject.problems:
+        raise CheckpointError(first_of(subject.problems))
+    return subject
+
+
+def _other_size(checkpoint: Checkpoint) -> Iterator[str]:
+    """Loaders take the index's total for what they report and reserve, not for what they read."""
+    stated = checkpoint.index_metadata.get("total_size")
+    if stated is not None and stated != checkpoint.nbytes:
+        yield f"{INDEX_NAME} counts {str(stated)[:40]} bytes (total_size), the shards hold {checkpoint.nbytes}"
+
+
+def few(names: Sequence[str]) -> str:
+    """Name the first of ``names``, and count the others."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def first_of(problems: Sequence[str]) -> str:
+    """Return the first of ``problems``, and how many more there are."""
+    more = f" (and {len(problems) - 1} more: see moesurgeon inspect)" if len(problems) > 1 else ""
+    return f"{problems[0]}{more}"

@@ -7,13 +7,12 @@ from typing import Any
 
 from moesurgeon.checkpoint.hashes import hashes_of
 from moesurgeon.checkpoint.header import StoredTensor
-from moesurgeon.checkpoint.open import INDEX_NAME, PROVENANCE_NAME
+from moesurgeon.checkpoint.open import PROVENANCE_NAME
 from moesurgeon.checkpoint.reader import ShardReader
 from moesurgeon.errors import InputError, OutputError
 from moesurgeon.pipeline.provenance import Step, history_of, refuse_inconsistent, refuse_other_hashes
-from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.pipeline.subject import Subject, first_of, open_subject
 from moesurgeon.progress import SILENT, Progress
-from moesurgeon.surgery.completeness import problems_of
 from moesurgeon.surgery.edits import Output, Part, Slice
 from moesurgeon.surgery.readback import same_specs
 from moesurgeon.surgery.replay import NotRecorded, replay
@@ -29,22 +28,17 @@ def verify(name: str, source: str | None = None, progress: Progress = SILENT, *,
     problem; the report of a checkpoint that verified otherwise.
     """
     subject = open_subject(name, complete=False)
-    problems = problems_of(subject.anatomy)
-    if problems:
-        more = f" (and {len(problems) - 1} more: see moesurgeon inspect)" if len(problems) > 1 else ""
-        raise OutputError(f"{name} does not verify: {problems[0]}{more}")
-    stated = subject.checkpoint.index_metadata.get("total_size")
-    if stated is not None and stated != subject.checkpoint.nbytes:
-        raise OutputError(
-            f"{name} does not verify: {INDEX_NAME} counts {str(stated)[:40]} bytes, "
-            f"the shards hold {subject.checkpoint.nbytes}"
-        )
+    if subject.problems:
+        raise OutputError(f"{name} does not verify: {first_of(subject.problems)}")
+    for warning in subject.warnings:
+        progress.note(f"warning: {warning}")
     history = history_of(subject)
     report: dict[str, Any] = {
         "checkpoint": name,
         "tensors": len(subject.checkpoint.tensors),
         "bytes": subject.checkpoint.nbytes,
         "fingerprint": subject.fingerprint,
+        "warnings": subject.warnings,
         "history": [step["operations"] for step in history],
     }
     if source is not None:

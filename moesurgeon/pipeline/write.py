@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.errors import NothingToDo, UsageError
 from moesurgeon.pipeline.options import HealSpec, Running, Writing
-from moesurgeon.pipeline.subject import Subject
+from moesurgeon.pipeline.subject import Subject, few
 from moesurgeon.progress import Progress
 from moesurgeon.surgery.apply import apply
 from moesurgeon.surgery.layouts import plan_layout
@@ -48,7 +48,10 @@ def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progres
         "bytes_before": subject.checkpoint.nbytes,
         "bytes_after": plan.nbytes,
         "plan": plan.summary(),
+        "left_out": list(subject.beside.left_out),
     }
+    if subject.beside.left_out:
+        progress.note(f"note: the output does not carry along {few(subject.beside.left_out)}")
     if not writing.dry_run:
         written = apply(
             plan,

@@ -9,20 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from moesurgeon.errors import CheckpointError
 from moesurgeon.families.keys import count_of
 from moesurgeon.surgery.anatomy import Anatomy
 
 # Several weights in one element: shapes are not those of the config.
 _PACKED = ("U8", "I8", "I32", "F4")
-
-
-def require_complete(anatomy: Anatomy) -> None:
-    """Raise CheckpointError with the first problem, if there is one."""
-    problems = problems_of(anatomy)
-    if problems:
-        more = f" (and {len(problems) - 1} more: see moesurgeon inspect)" if len(problems) > 1 else ""
-        raise CheckpointError(f"{problems[0]}{more}")
 
 
 def problems_of(anatomy: Anatomy) -> list[str]:

@@ -147,7 +147,7 @@ def test_swapped_shards_are_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda folder: (folder / TWO).unlink(), f"{TWO} is missing from .*; the checkpoint is incomplete"),
+        (lambda folder: (folder / TWO).unlink(), f"{TWO} is missing from .*; there are 1 of 2 shards"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json is not a JSON object"),

@@ -113,6 +113,13 @@ def escaping_index(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
+def stray(folder: Path) -> None:
+    """A second set of weights, which transformers loads before those of the index."""
+    save_file({"model.norm.weight": torch.ones(4)}, whole(folder) / "model.safetensors")
+
+
+_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
+
 # By name: how it is made, and two things that the message says: what is wrong, and what to do.
 UNREADABLE: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "missing": (lambda folder: None, "does not exist", "give the folder"),
@@ -122,7 +129,8 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "unknown": (unknown, "'frobnicator' is not known", "moesurgeon knows mixtral"),
     "other-weights": (other_weights, "no tensor is named like its experts", "another model's"),
     "truncated": (truncated, f"{SHARD} is truncated", "download or convert it again"),
-    "missing-shard": (missing_shard, f"{SHARD} is missing", "incomplete"),
+    "missing-shard": (missing_shard, f"{SHARD} is missing", "download the others"),
+    "lfs-pointer": (with_file(SHARD, _POINTER), f"{SHARD} in", "run git lfs pull"),
     "swapped": (swapped, "places", "but it is in"),
     "pickled": (pickled, "pickled weights (pytorch_model.bin)", "convert it with"),
     "json-bomb": (with_file("config.json", "[" * 200_000), "config.json is not valid JSON", "download"),
@@ -147,4 +155,5 @@ CONTRADICTORY: dict[str, tuple[Callable[[Path], None], str]] = {
     "more-layers": (with_config(num_hidden_layers=5), "layers [4] should have experts"),
     "other-width": (with_config(hidden_size=64), "shape"),
     "top-9": (with_config(num_experts_per_tok=9), "top 9 of 8 experts"),
+    "stray": (stray, "transformers loads that one file"),
 }

@@ -94,15 +94,14 @@ def test_hashes_are_of_the_bytes_of_each_tensor(pruned: Path) -> None:
 
 
 @pytest.mark.parametrize("stated", [1, "many", -1, 10**30])
-def test_an_index_with_another_size_does_not_verify(pruned: Path, tmp_path: Path, stated: object) -> None:
+def test_an_index_with_another_size_is_warned_of(pruned: Path, tmp_path: Path, stated: object) -> None:
     folder = copied(pruned, tmp_path / "out")
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps({**index, "metadata": {"total_size": stated}}))
-    with pytest.raises(OutputError, match="the shards hold"):
-        verify(str(folder))
+    assert [warning for warning in verify(str(folder))["warnings"] if "the shards hold" in warning]
     path.write_text(json.dumps({**index, "metadata": {}}))
-    verify(str(folder))
+    assert verify(str(folder))["warnings"] == []
 
 
 def test_another_source_is_refused(source: Subject, pruned: Path, tmp_path: Path) -> None:
