@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from moesurgeon.families.companions import ROUTER_ROWS, ROUTER_SCALES, SELECTION_BIASES
 from moesurgeon.families.rules import MoeLayers, RouterRule
 
 
@@ -26,6 +27,7 @@ class Layout:
     each expert is as many consecutive rows of axis 0 as it is wide. ``per_expert_rows``: other tensors
     with one entry per expert (router weight, biases) and the axis that counts experts; where a family
     has two layouts, in the same order. ``tables``: tensors whose values are expert numbers, [vocabulary, K].
+    ``whole``: prefixes in the block of what holds nothing per expert, whatever its shape.
     """
 
     name: Literal["per-expert", "fused", "flat"]
@@ -39,6 +41,7 @@ class Layout:
     transposed: bool = False
     tables: tuple[str, ...] = ()
     shared: str | None = None
+    whole: tuple[str, ...] = ()
 
     @cached_property
     def expert_pattern(self) -> re.Pattern[str]:
@@ -78,6 +81,27 @@ class Layout:
         if self.shared is None:
             return re.compile(r"(?!)")
         return re.compile(rf"{self._filled(self.shared)}.+")
+
+    @cached_property
+    def whole_pattern(self) -> re.Pattern[str]:
+        """Matches tensors of the block that hold nothing per expert."""
+        return re.compile("|".join(rf"{self._filled(prefix)}.+" for prefix in self.whole) or r"(?!)")
+
+    @cached_property
+    def companion_patterns(self) -> tuple[re.Pattern[str], ...]:
+        """Match what is per expert by its name in any family: groups layer and ``part``, the name in its module."""
+        weight = next(name for name in self.per_expert_rows if name.endswith(".weight"))
+        router = weight.removesuffix(".weight")
+        found = ((router, (*ROUTER_SCALES, *ROUTER_ROWS, *SELECTION_BIASES)), ("{block}", SELECTION_BIASES))
+        return tuple(
+            re.compile(rf"{self._filled(module)}\.(?P<part>{'|'.join(map(re.escape, parts))})")
+            for module, parts in found
+        )
+
+    @cached_property
+    def block_pattern(self) -> re.Pattern[str]:
+        """Matches every tensor of the block; group ``layer``."""
+        return re.compile(rf"{self._filled('{block}')}\..+")
 
     def under(self, prefix: str, other: str) -> Layout:
         """Return the same layout for layers that are named ``other`` where these are named ``prefix``."""

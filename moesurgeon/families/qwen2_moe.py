@@ -15,5 +15,7 @@ QWEN2_MOE = Family(
     expert_width_key="moe_intermediate_size",
     moe_layers=MoeLayers(dense_layers_key="mlp_only_layers", step_key="decoder_sparse_step"),
     router=RouterRule(scoring="softmax", renormalise="norm_topk_prob"),
-    layouts=both_layouts({"{block}.gate.weight": 0}, shared="{block}.shared_expert."),
+    layouts=both_layouts(
+        {"{block}.gate.weight": 0}, shared="{block}.shared_expert.", whole=("{block}.shared_expert_gate.",)
+    ),
 )

@@ -16,6 +16,7 @@ def both_layouts(
     block: str = "model.layers.{layer}.mlp",
     projections: Mapping[str, str] = GATE_UP_DOWN,
     shared: str | None = None,
+    whole: tuple[str, ...] = (),
     running_block: str | None = None,
     running_rows: Mapping[str, int] | None = None,
 ) -> tuple[Layout, Layout]:
@@ -31,6 +32,7 @@ def both_layouts(
         expert="{block}.experts.{expert}.",
         projections=projections,
         shared=shared,
+        whole=whole,
     )
     fused = Layout(
         name="fused",
@@ -38,5 +40,6 @@ def both_layouts(
         per_expert_rows=running_rows or rows,
         projections={"gate_up": "gate_up_proj", "down": "down_proj"},
         shared=shared,
+        whole=whole,
     )
     return per_expert, fused

@@ -49,12 +49,21 @@ def refuse_inconsistent(subject: Subject, history: Sequence[Step]) -> None:
         ("retop", "top_k", subject.anatomy.top_k),
         ("prune", "experts", subject.anatomy.experts),
     ):
-        counts = [operation.get(what) for operation in operations if operation.get("operation") == verb]
-        if counts and isinstance(counts[-1], dict) and counts[-1].get("after") != now:
+        recorded = [operation.get(what) for operation in operations if operation.get("operation") == verb]
+        if recorded and isinstance(recorded[-1], dict) and recorded[-1].get("after") != now:
             raise OutputError(
-                f"{subject.name} does not verify: {PROVENANCE_NAME} ends with {what} {counts[-1].get('after')!r}, "
+                f"{subject.name} does not verify: {PROVENANCE_NAME} ends with {what} {recorded[-1].get('after')!r}, "
                 f"config.json says {now}"
             )
+    for operation in operations:
+        counts = operation.get("experts")
+        count = counts.get("before") if isinstance(counts, dict) else None
+        if type(count) is int and count > subject.anatomy.experts:
+            for name in subject.anatomy.left_uncut(count):
+                raise OutputError(
+                    f"{subject.name} does not verify: {name} has shape {list(subject.anatomy.tensors[name].shape)}, so "
+                    f"it may still count the {count} experts of before; prune the source again"
+                )
     result = history[-1].get("result", {}) if history else {}
     if result.get("fingerprint") not in (None, subject.fingerprint):
         raise OutputError(f"{subject.name} does not verify: {_what_changed(subject, result)}")

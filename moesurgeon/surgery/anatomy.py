@@ -6,40 +6,20 @@ of a plan that has not been written alike.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.errors import CheckpointError
 from moesurgeon.families import FAMILIES, Family, Layout, families_of
 from moesurgeon.families.keys import count_of, is_present, value_at
+from moesurgeon.surgery.companions import Counts, depends_on_top_k, left_uncut, with_companions
+from moesurgeon.surgery.roles import Kind, Role, roles_by_name
 
-Kind = Literal["expert", "fused", "rows", "table", "shared", "unknown-expert", "other"]
+__all__ = ["Anatomy", "Role", "examine"]
 
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """What a tensor is for.
-
-    ``kind``: one expert's tensor, a fused tensor of all experts, another tensor with one entry per
-    expert (``axis`` counts them in both), a table whose values are experts, a shared expert's, something
-    under an experts' prefix that the family does not describe, or anything else. ``projection`` is the
-    role name: gate, up, down...
-    """
-
-    kind: Kind
-    layer: int | None = None
-    expert: int | None = None
-    projection: str | None = None
-    suffix: str = ""
-    axis: int = 0
-
-
-# What no family leaves outside its block: experts of layers that are not described.
-_OF_EXPERTS = re.compile(r"(.*\.)?experts\..+")
 _PROJECTION_KINDS: tuple[Kind, ...] = ("expert", "fused")
 
 
@@ -93,6 +73,17 @@ class Anatomy:
         """Whether the gate divides the chosen weights by their sum."""
         return self.family.router.renormalises(self.config, self.top_k)
 
+    def left_uncut(self, experts: int) -> Iterator[str]:
+        """Yield the tensors outside the family's description that may still count ``experts``, those before a prune."""
+        return left_uncut(self.family, self.layout, self.roles, self.tensors, self._counts(experts), self.experts)
+
+    def depending_on_top_k(self) -> Iterator[str]:
+        """Yield the tensors outside the family's description that may have an entry for each expert of a token."""
+        return depends_on_top_k(self.family, self.layout, self.roles, self.tensors, self._counts(self.experts))
+
+    def _counts(self, experts: int) -> Counts:
+        return Counts(experts=experts, top_k=self.top_k, hidden=self.hidden, expert_width=self.expert_width)
+
     @cached_property
     def by_layer(self) -> Mapping[int, tuple[str, ...]]:
         """Names of the tensors of each layer."""
@@ -138,11 +129,14 @@ def examine(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Ana
         raise CheckpointError(f"this {kind} checkpoint is a dense model: it has no experts, so there is nothing to do")
     family, layout = _layout_of(families_of(config), tensors)
     layers = _number(config, (family.layers_key,))
-    roles = _roles_of(family, layout, layers, tensors)
+    top_ks = _top_ks(config, family, layers)
+    experts, hidden = _number(config, family.experts_keys), _number(config, (family.hidden_key,))
+    width = _number(config, (family.expert_width_key,))
+    counts = Counts(experts=experts, top_k=max(top_ks), hidden=hidden, expert_width=width)
+    roles = with_companions(family, layout, roles_by_name(family, layout, layers, tensors), tensors, counts)
     expert_layers = sorted(
         {role.layer for role in roles.values() if role.kind in _PROJECTION_KINDS and role.layer is not None}
     )
-    top_ks = _top_ks(config, family, layers)
     return Anatomy(
         family=family,
         layout=layout,
@@ -152,11 +146,11 @@ def examine(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Ana
         layers=layers,
         moe_layers=tuple(layer for layer in expert_layers if layer < layers),
         mtp_layers=tuple(layer for layer in expert_layers if layer >= layers),
-        experts=_number(config, family.experts_keys),
+        experts=experts,
         top_k=max(top_ks),
         top_ks=top_ks,
-        hidden=_number(config, (family.hidden_key,)),
-        expert_width=_number(config, (family.expert_width_key,)),
+        hidden=hidden,
+        expert_width=width,
     )
 
 
@@ -175,53 +169,6 @@ def _layout_of(families: tuple[Family, ...], tensors: Mapping[str, TensorSpec]) 
     if len(found) > 1:
         raise CheckpointError("experts are stored both one by one and fused; the folder mixes two checkpoints")
     return found[0]
-
-
-def _roles_of(family: Family, layout: Layout, layers: int, names: Iterable[str]) -> dict[str, Role]:
-    """Return the role of every tensor; layers for multi-token prediction are numbered from ``layers`` on."""
-    mtp = layout.under(family.layer, family.mtp_layer[0]) if family.mtp_layer else None
-    stray = family.stray_pattern(layout)
-
-    def role_of(name: str) -> Role:
-        if mtp and (match := family.mtp_pattern.fullmatch(name)):
-            role = _role_in(mtp, name) or _other(name, int(match["layer"]))
-            return replace(role, layer=layers + (role.layer or 0))
-        if role_in_block := _role_in(layout, name):
-            return role_in_block
-        if match := family.layer_pattern.fullmatch(name):
-            return _other(name, int(match["layer"]))
-        return Role("unknown-expert") if stray.fullmatch(name) else _other(name, None)
-
-    return {name: role_of(name) for name in names}
-
-
-def _other(name: str, layer: int | None) -> Role:
-    return Role("unknown-expert" if _OF_EXPERTS.fullmatch(name) else "other", layer)
-
-
-def _role_in(layout: Layout, name: str) -> Role | None:
-    """Return the role of a tensor that ``layout`` describes."""
-    roles_by_name = {stored: role for role, stored in layout.projections.items()}
-    if match := layout.expert_pattern.fullmatch(name):
-        return Role(
-            "expert",
-            int(match["layer"]),
-            int(match["expert"]),
-            roles_by_name[match["projection"]],
-            match["suffix"],
-        )
-    if match := layout.fused_pattern.fullmatch(name):
-        return Role("fused", int(match["layer"]), None, roles_by_name[match["projection"]], match["suffix"] or "")
-    for pattern, axis in layout.row_patterns:
-        if match := pattern.fullmatch(name):
-            return Role("rows", int(match["layer"]), axis=axis)
-    if match := layout.table_pattern.fullmatch(name):
-        return Role("table", int(match["layer"]))
-    if match := layout.shared_pattern.fullmatch(name):
-        return Role("shared", int(match["layer"]))
-    if match := layout.anything_of_experts.fullmatch(name):
-        return Role("unknown-expert", int(match["layer"]))
-    return None
 
 
 def _top_ks(config: Mapping[str, Any], family: Family, layers: int) -> tuple[int, ...]:

@@ -120,6 +120,10 @@ def _of_rows(anatomy: Anatomy) -> Iterator[str]:
             shape = anatomy.tensors[name].shape
             if len(shape) <= role.axis or shape[role.axis] != anatomy.experts:
                 yield f"{name} has shape {list(shape)}, config.json counts {anatomy.experts} experts"
+    for name, role in anatomy.of_kind("companion"):
+        shape = anatomy.tensors[name].shape
+        if len(shape) <= role.axis or shape[role.axis] != anatomy.experts:
+            yield f"{name} has shape {list(shape)}, config.json counts {anatomy.experts} experts; it was not cut along"
 
 
 def _of_routing(anatomy: Anatomy) -> Iterator[str]:

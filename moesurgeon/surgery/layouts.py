@@ -6,7 +6,8 @@ expert tensors laid end to end are the fused tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from moesurgeon.checkpoint.header import TensorSpec
@@ -38,11 +39,22 @@ def plan_layout(source: Anatomy, layout: str) -> EditPlan:
     target = known[layout]
     if target is source.layout:
         return identity(source)
-    for name, role in source.of_kind("expert", "fused"):
-        if role.suffix not in ("", ".weight"):
-            raise UsageError(f"quantised experts cannot change their layout ({name}); leave out --layout")
+    refuse_unmovable(source)
     outputs = {output.spec.name: output for output in _moved(source, target)}
     return EditPlan(outputs, record=[{"operation": "layout", "layout": layout}])
+
+
+def refuse_unmovable(source: Anatomy) -> None:
+    """Raise UsageError where experts or router have parts that another layout has no name for."""
+    for name, role in source.of_kind("expert", "fused", "beside"):
+        if role.suffix not in ("", ".weight"):
+            what = "experts" if role.projection else "routers"
+            raise UsageError(f"quantised {what} cannot change their layout ({name}); leave out --layout")
+    for name, _role in source.of_kind("companion", "unclear"):
+        raise UsageError(
+            f"{name} is of a mixture, and no {source.family.title} checkpoint has it: another layout has no name for "
+            "it; leave out --layout"
+        )
 
 
 def _moved(source: Anatomy, target: Layout) -> Iterator[Output]:
@@ -73,12 +85,41 @@ def _fused(source: Anatomy, target: Layout, layer: int) -> Iterator[Output]:
     for name, role in source.of_kind("expert", layer=layer):
         assert role.expert is not None and role.projection is not None
         pieces[role.expert, role.projection] = source.tensors[name]
+    for projections in (("gate", "up"), ("down",)):
+        _refuse_mixed(source, layer, {key: spec for key, spec in pieces.items() if key[1] in projections})
     prefix = source.name_in(layer, target.fused, target)
     wide, high = pieces[0, "gate"].shape
     both = [pieces[expert, part] for expert in range(source.experts) for part in ("gate", "up")]
     down = [pieces[expert, "down"] for expert in range(source.experts)]
     yield edits.join(prefix + target.projections["gate_up"], both, (source.experts, 2 * wide, high))
     yield edits.join(prefix + target.projections["down"], down, (source.experts, high, wide))
+
+
+def _refuse_mixed(source: Anatomy, layer: int, pieces: Mapping[tuple[int, str], TensorSpec]) -> None:
+    """Raise UsageError where ``pieces``, which would be one tensor, are stored in several dtypes."""
+    dtypes = Counter(spec.dtype for spec in pieces.values())
+    if len(dtypes) == 1:
+        return
+    usual = dtypes.most_common(1)[0][0]
+    (expert, projection), other = next((key, spec) for key, spec in sorted(pieces.items()) if spec.dtype != usual)
+    raise UsageError(
+        f"layer {layer}: its experts are stored in {' and '.join(sorted(dtypes))} (expert {expert}, {projection}: "
+        f"{other.dtype}), and one fused tensor has one dtype{_also(source, layer)}; leave out --layout, or convert the "
+        "experts to one dtype first"
+    )
+
+
+def _also(source: Anatomy, layer: int) -> str:
+    """Say which layers after ``layer`` have experts of several dtypes as well."""
+    others = [
+        other
+        for other in source.routed_layers
+        if other > layer and len({source.tensors[name].dtype for name, _ in source.of_kind("expert", layer=other)}) > 1
+    ]
+    if not others:
+        return ""
+    named = ", ".join(map(str, others[:8])) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+    return f" (also: layer{'s' if len(others) > 1 else ''} {named})"
 
 
 def _unfused(source: Anatomy, target: Layout, layer: int) -> Iterator[Output]:
@@ -101,6 +142,7 @@ def _remapped(source: Anatomy, remap: Remap) -> EditPlan:
     """Plan to store ``source`` as the sibling family of ``remap`` (per expert)."""
     if source.family is not remap.source:
         raise UsageError(f"{remap.layout} is a layout for {remap.source.title}, not for {source.family.title}")
+    refuse_unmovable(source)
     before = plan_layout(source, "per-expert")
     source = before.result(source)
     values, removed = remap.config(source.config)

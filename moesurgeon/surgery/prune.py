@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moesurgeon.errors import UsageError
+from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.families.keys import is_present
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.anatomy import Anatomy
@@ -22,17 +22,20 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
     ``kept`` needs an entry per mixture layer, all of one length: stock runtimes hold one expert count
     for the whole model. Layers for multi-token prediction that ``kept`` leaves out follow the last
     layer. Where a layer chooses by a table from token to experts (DeepSeek-V4), the entries of those that
-    go are given to the others. Raises UsageError if the result could not run.
+    go are given to the others. Raises UsageError if the result could not run, CheckpointError where something
+    may count experts and nobody knows.
     """
     kept = with_mtp_layers(source, kept)
     count = check_kept(source, kept)
+    if count < source.experts:
+        refuse_unclear(source)
     numbers = {layer: {old: new for new, old in enumerate(experts)} for layer, experts in kept.items()}
     outputs: dict[str, Output] = {}
     dropped: dict[str, str] = {}
     tables: list[str] = []
     for name, spec in source.tensors.items():
         role = source.roles[name]
-        if role.kind in ("fused", "rows") and role.layer in kept:
+        if role.kind in ("fused", "rows", "companion") and role.layer in kept:
             output = edits.select(spec, role.axis, kept[role.layer], rows=source.rows_per_expert(name))
         elif role.kind == "table" and role.layer in kept:
             output = edits.transform(spec, without_experts(spec, source.experts, kept[role.layer]))
@@ -58,6 +61,15 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
     if tables:
         record["tables"] = {"names": tables, "pruned_entries": "given to those with the fewest"}
     return EditPlan(outputs, dropped, dict.fromkeys(present, count), [record])
+
+
+def refuse_unclear(source: Anatomy) -> None:
+    """Raise CheckpointError for a tensor that may have an entry per expert, and that no family describes."""
+    for name, _role in source.of_kind("unclear"):
+        raise CheckpointError(
+            f"{name} has shape {list(source.tensors[name].shape)}, so it may count the {source.experts} experts, and "
+            f"no {source.family.title} checkpoint has it: nobody knows how to cut it; save the checkpoint without it"
+        )
 
 
 def with_mtp_layers(source: Anatomy, kept: Kept) -> dict[int, tuple[int, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moesurgeon.errors import UsageError
+from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.families.keys import is_present, value_at
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan, identity
@@ -39,6 +39,11 @@ def plan_retop(source: Anatomy, spec: RetopSpec) -> EditPlan:
     plan = identity(source)
     if spec.top_k == source.top_k:
         return plan
+    for name in source.depending_on_top_k():
+        raise CheckpointError(
+            f"{name} has shape {list(source.tensors[name].shape)}, so it may follow the top {source.top_k}, and "
+            f"no {source.family.title} checkpoint has it: nobody knows how to cut it; save the checkpoint without it"
+        )
     outputs = dict(plan.outputs)
     for name, _role in source.of_kind("table"):
         outputs[name] = first_columns(source.tensors[name], spec.top_k)
