@@ -21,6 +21,7 @@ from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import read_text, trace_specs, window_length
+from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.pipeline.walking import Ready, ready
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.traces.windows import Corpus
@@ -56,6 +57,8 @@ def evaluate(
     other = open_subject(against) if against else None
     subjects = [subject, other] if other else [subject]
     gate = read_gate(subject, text, spec, has_teacher=other is not None)
+    if other:
+        refuse_other_tokenizer(subject, other, progress)
     placement = place(running.device, running.dtype, subject.stored_dtype)
     length = window_length(subject, text)
     _refuse_long(subjects, spec, length)

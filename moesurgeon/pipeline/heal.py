@@ -24,6 +24,7 @@ from moesurgeon.pipeline.healed_choice import HELDOUT_TOKENS, TOKENS, Fixed, Lay
 from moesurgeon.pipeline.options import HealSpec, Running
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import read_text, trace_specs, window_length
+from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.pipeline.walking import hidden_folder
 from moesurgeon.progress import Progress
 from moesurgeon.surgery.plan import EditPlan
@@ -208,7 +209,7 @@ def healer(
     ``choosing``: and for :meth:`Healer.choose`.
     """
     check_heal(spec)
-    other = _teacher(subject, spec)
+    other = _teacher(subject, spec, progress)
     placement = place(running.device, running.dtype, subject.stored_dtype)
     train = read_text(subject, spec.text, builtin_split="calibration", own_split="train")
     judge = read_text(subject, spec.judging, builtin_split="validation")
@@ -259,10 +260,13 @@ def _batched(corpus: Corpus, source: Source, subject: Subject, spec: HealSpec) -
     return list(batches_of(corpus, rows=rows, tokens=BATCH_TOKENS, device=source.placement.device))
 
 
-def _teacher(subject: Subject, spec: HealSpec) -> Subject | None:
+def _teacher(subject: Subject, spec: HealSpec, progress: Progress) -> Subject | None:
     """Return the teacher, if it is another checkpoint than ``subject``; UsageError for one that cannot be."""
     other = open_subject(spec.teacher) if spec.teacher else None
-    if other is None or other.fingerprint == subject.fingerprint:
+    if other is None:
+        return None
+    refuse_other_tokenizer(subject, other, progress)
+    if other.fingerprint == subject.fingerprint:
         return None
     mine, theirs = subject.anatomy, other.anatomy
     if (mine.layers, mine.hidden) != (theirs.layers, theirs.hidden):

@@ -21,6 +21,7 @@ from moesurgeon.pipeline.sample import refuse_unsampled
 from moesurgeon.pipeline.stage_state import counts_of, heal_of
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import read_text, trace_specs, window_length
+from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.recovery.adalora import refuse_ranks
 from moesurgeon.recovery.log import check_log
 from moesurgeon.recovery.objective import refuse_without_gradient
@@ -49,6 +50,8 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
             own.append(step.sample.domain)
         if healing := step_on(recipe, step).heal:
             check_heal(healing)
+            if healing.teacher is not None:
+                refuse_other_tokenizer(subject, open_subject(healing.teacher))
             _refuse_taken(own, healing)
             if step.retop and healing.merge:
                 raise UsageError("heal: {merge: true} is for prune: retop drops no experts that could be folded")

@@ -34,6 +34,7 @@ from moesurgeon.pipeline.recover_teacher import (
 )
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import read_text, window_length
+from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.adalora import refuse_ranks
@@ -97,6 +98,7 @@ def recover(
     """
     subject, teacher = open_subject(source), open_subject(spec.teacher)
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
+    refuse_other_tokenizer(subject, teacher, progress)
     refuse_spec(subject, teacher, spec, text, writing)
     refuse_adapter(spec.save_adapter, spec.adapt, writing, (subject.root, teacher.root))
     placement = place(running.device, running.dtype, subject.stored_dtype)

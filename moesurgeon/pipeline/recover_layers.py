@@ -22,6 +22,7 @@ from moesurgeon.pipeline.journal import write_whole
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
 from moesurgeon.pipeline.recover import RecoverSpec, digest_of, recover, refuse_spec
 from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.pipeline.write import finish, refuse_layout, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.surgery.plan import identity
@@ -54,6 +55,7 @@ def recover_layers(
     )
     subject, teacher = open_subject(source), open_subject(spec.teacher)
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
+    refuse_other_tokenizer(subject, teacher)
     _refuse(subject, teacher, spec, text, writing)
     if not spec.schedule.steps:
         return _layers_alone(subject, heal, running, writing, progress)

@@ -16,6 +16,7 @@ from moesurgeon.traces.windows import Tokenize
 
 Detokenize = Callable[[list[list[int]]], list[str]]
 
+JSON_NAME = "tokenizer.json"
 _OLDER_LAYOUTS = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -25,23 +26,29 @@ def load_tokenizer(folder: Path) -> Tokenize:
     A text is never cut or padded, whatever the files say. Raises CheckpointError if there is no
     tokenizer or if it is damaged.
     """
-    if (folder / "tokenizer.json").is_file():
+    if (folder / JSON_NAME).is_file():
         return _from_json(folder)
-    if any((folder / name).is_file() for name in _OLDER_LAYOUTS):
+    if has_tokenizer(folder):
         return _from_transformers(folder)
     raise CheckpointError(f"{folder}: no tokenizer: copy tokenizer.json from the original checkpoint")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether the checkpoint ``folder`` has a tokenizer in any layout that is read."""
+    return any((folder / name).is_file() for name in (JSON_NAME, *_OLDER_LAYOUTS))
+
+
 def load_detokenizer(folder: Path) -> Detokenize:
     """Return what turns token numbers into texts, special tokens left out; raises as :func:`load_tokenizer` does."""
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = _read_json(folder / "tokenizer.json")
+    if (folder / JSON_NAME).is_file():
+        tokenizer = read_tokenizer_json(folder / JSON_NAME)
         return lambda rows: tokenizer.decode_batch(rows, skip_special_tokens=True)
-    older = _read_older(folder)
+    older = read_older(folder)
     return lambda rows: older.batch_decode(rows, skip_special_tokens=True)
 
 
-def _read_json(path: Path) -> Any:
+def read_tokenizer_json(path: Path) -> Any:
+    """Return the tokenizer in a ``tokenizer.json``; CheckpointError for one that is damaged."""
     from tokenizers import Tokenizer
 
     try:
@@ -54,7 +61,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _from_json(folder: Path) -> Tokenize:
-    tokenizer = _read_json(folder / "tokenizer.json")
+    tokenizer = read_tokenizer_json(folder / JSON_NAME)
     # Some files still say how their training data was cut and padded.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -85,7 +92,8 @@ def _asked_bos(folder: Path) -> str | None:
     return bos.get("content") if isinstance(bos, dict) else bos
 
 
-def _read_older(folder: Path) -> Any:
+def read_older(folder: Path) -> Any:
+    """Return the tokenizer of an older layout as transformers has it; CheckpointError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -98,7 +106,7 @@ def _read_older(folder: Path) -> Any:
 
 
 def _from_transformers(folder: Path) -> Tokenize:
-    tokenizer = _read_older(folder)
+    tokenizer = read_older(folder)
 
     def tokenize(texts: list[str], /, *, special: bool = True) -> list[list[int]]:
         given = tokenizer(texts, add_special_tokens=special, truncation=False, padding=False, verbose=False)
