@@ -105,7 +105,14 @@ def command(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the adapters and of the order of the text.")] = 0,
     split: options.SplitOption = None,
-    max_tokens: options.MaxTokens = 524288,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=8,
+            help="Tokens to choose from at most, for all traces without a --budget together; those that the steps "
+            "reach are used.",
+        ),
+    ] = 524288,
     heldout_tokens: Annotated[int, typer.Option(min=64, help="Tokens of the validation split that judge.")] = 16384,
     budget: options.Budget = [],  # noqa: B006 - typer copies it
     sample: options.Sample = None,

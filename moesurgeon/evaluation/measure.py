@@ -82,14 +82,17 @@ def measure(
     most = max(len(batch.windows) for batch in batches)
     longest = max(batch.tokens.shape[1] for batch in batches)
     sums = np.zeros((len(mine), most, len(_edges(longest)), _COLUMNS + 1))
+    layers = stream.source.layers
     with progress.task(label, sum(batch.text_tokens for batch in mine), "tokens") as advance:
-        walk.through(advance=advance)
+        # Logits cost about as much as a layer, and have as large a part of the bar.
+        walk.through(advance=lambda done: advance(done * layers / (layers + 1)))
         for tail in walk.tail():
             for number, batch in enumerate(mine):
                 values_BTC = _compare(tail, stream, teacher, number, batch)
                 values_BTC[~batch.is_text[:, 1:].cpu().numpy()] = 0.0
                 edges = _edges(batch.tokens.shape[1])
                 sums[number, : len(values_BTC), : len(edges)] = np.add.reduceat(values_BTC, edges, axis=1)
+                advance(batch.text_tokens / (layers + 1))
     sums = ranks.gathered(sums, len(batches))
     seconds = ranks.gathered(walk.seconds[stream], len(batches))
     if not np.isfinite(sums).all():

@@ -107,7 +107,8 @@ def recover(
     fitting = fits(subject.anatomy, placement, spec.adapt, spec.losses, spec.schedule, running)
     streamed = spec.streamed or not ranks.least(fitting)  # all stream or none does
     length = window_length(subject, text)
-    corpus = read_text(subject, text, builtin_split="calibration", own_split="train")
+    pool = read_text(subject, text, builtin_split="calibration", own_split="train")
+    corpus = spec.schedule.needed(pool, length)
     heldout_text = text.even(max_tokens=spec.heldout_tokens, split="validation")
     heldout = read_text(subject, heldout_text, builtin_split="validation")
     experts = _experts(subject, teacher, spec)
@@ -161,6 +162,7 @@ def recover(
                 heldout,
                 spec.losses,
                 experts,
+                pool=pool,
                 placement=placement,
                 length=length,
                 ranks=ranks,

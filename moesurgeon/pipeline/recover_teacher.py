@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import moesurgeon
@@ -23,6 +24,7 @@ from moesurgeon.progress import Progress
 from moesurgeon.recovery.judge import judged_batches
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.said import spoken_batches
+from moesurgeon.recovery.schedule import in_sampled_order
 from moesurgeon.recovery.teacher import KEPT
 from moesurgeon.recovery.teacher_cache import Cached, fill_cache, is_cached
 from moesurgeon.surgery.numbering import source_experts
@@ -107,6 +109,7 @@ def said_by(
     losses: Losses,
     experts: Mapping[int, Sequence[int]] | None,
     *,
+    pool: Corpus,
     placement: Placement,
     length: int,
     ranks: Ranks | None = None,
@@ -114,18 +117,21 @@ def said_by(
     streamed: bool = False,
     progress: Progress,
 ) -> Cached:
-    """Return what ``teacher`` says of the text, from ``folder`` if it was said before.
+    """Return what ``teacher`` says of ``text``, from ``folder`` if it was said before, of this text or more.
 
+    ``pool``: all that was read, of which ``text`` is what the steps need (``Schedule.needed``). It is asked for in an
+    order in which less text is the beginning of more, so that the teacher sees the same batches.
     The teacher is in memory only meanwhile: as a whole if ``max_memory`` has room for it, unless it is to be
     ``streamed``. Of several ``ranks`` the first asks it, the others wait.
     """
-    digest = cache_digest(teacher, text, heldout, losses, placement=placement, length=length)
+    digest = cache_digest(teacher, pool, heldout, losses, placement=placement, length=length)
     place = folder / f"teacher-{digest[:16]}"
     ranks = ranks or Ranks()
-    if ranks.is_first and not is_cached(place, digest):
+    asked = replace(text, windows=in_sampled_order(text.windows))
+    if ranks.is_first and not is_cached(place, digest, text.windows):
         with Source.of_checkpoint(teacher.checkpoint, teacher.anatomy, placement) as source:
             device = placement.device
-            batches = [*spoken_batches(text, length, device), *judged_batches(heldout, length, device)]
+            batches = [*spoken_batches(asked, length, device), *judged_batches(heldout, length, device)]
             with hidden_folder(share_out(max_memory, [source], batches)) as states:
                 if streamed:
                     source.supply.allow(source.supply.least)
@@ -133,7 +139,7 @@ def said_by(
                     place,
                     digest,
                     Stream(source, skeleton=source.skeleton),
-                    corpus=text,
+                    corpus=asked,
                     heldout=heldout,
                     losses=losses,
                     length=length,
@@ -143,20 +149,20 @@ def said_by(
         del source
         gc.collect()  # modules and their parents refer to each other
     ranks.least(1)  # it has said all
-    if not is_cached(place, digest):
+    if not is_cached(place, digest, text.windows):
         raise InputError(f"{place} has not what the teacher said; name a --cache that all processes can read")
     return Cached(place, text, experts if losses.router else None)
 
 
 def cache_digest(
-    teacher: Subject, text: Corpus, heldout: Corpus, losses: Losses, *, placement: Placement, length: int
+    teacher: Subject, pool: Corpus, heldout: Corpus, losses: Losses, *, placement: Placement, length: int
 ) -> str:
-    """Return a hash of all that the cache depends on."""
+    """Return a hash of all that the cache depends on; which windows of ``pool`` it holds it says itself."""
     facts = {
         "version": moesurgeon.__version__,
         "teacher": teacher.fingerprint,
         "shards": {shard: header.state for shard, header in teacher.checkpoint.headers.items()},
-        "text": [tokens_digest(text), tokens_digest(heldout), length],
+        "text": [tokens_digest(pool), tokens_digest(heldout), length],
         "asked": [losses.objective, losses.temperature, losses.router > 0, losses.hidden > 0, KEPT],
         "placement": str(placement),
     }

@@ -52,19 +52,22 @@ def write_said(
         return rows.arrays
     walk = Walk([teacher], batches, states)
     total = sum(batch.text_tokens for batch in batches)
+    # Logits cost about as much as a layer, and have as large a part of the bar.
+    share = 1 / (teacher.source.layers + (losses.objective == "distill"))
     with progress.task("asking the teacher", total, "tokens") as advance:
         with closing(walk.layers()) as layers:
             for layer in layers:
                 for number, batch in enumerate(batches):
                     _pass(layer, teacher, learning, number, losses, rows)
-                    advance(batch.text_tokens / teacher.source.layers)
+                    advance(batch.text_tokens * share)
         if losses.objective == "distill":
             for tail in walk.tail():
-                for number in range(len(batches)):
+                for number, batch in enumerate(batches):
                     likeliest = _likeliest(tail, teacher, number, losses.temperature)
                     rows.put("indices", number, likeliest.indices.int())
                     rows.put("logq", number, likeliest.logq)
                     rows.put("logq_rest", number, likeliest.logq_rest)
+                    advance(batch.text_tokens * share)
     for array in rows.arrays.values():
         array.flush()  # type: ignore[attr-defined]
     return rows.arrays

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from moesurgeon.engine.batches import Batch, to_batch
-from moesurgeon.traces.windows import Corpus
+from moesurgeon.engine.batches import Batch, rows_for, to_batch
+from moesurgeon.traces.windows import Corpus, Window
 
 _Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -46,6 +47,38 @@ class Schedule:
     capacity: _Factor | None = None
     recompute: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    def rows(self, length: int) -> int:
+        """Return how many windows of ``length`` tokens a step has."""
+        return max(1, self.tokens_per_step // length)
+
+    def needed(self, corpus: Corpus, length: int) -> Corpus:
+        """Return the windows of ``corpus`` that the steps can reach, all of them where they are no more than that.
+
+        As many as the steps have rows, and what fills the last batch in which a teacher is asked. They are a sample,
+        the same for every seed, and those of fewer steps are among those of more, so that what a teacher said of them
+        is of use again.
+        """
+        together = rows_for(length)
+        count = -(-self.steps * self.rows(length) // together) * together
+        if count >= len(corpus.windows):
+            return corpus
+        chosen = {id(window) for window in in_sampled_order(corpus.windows)[:count]}
+        windows = [window for window in corpus.windows if id(window) in chosen]
+        tokens = dict.fromkeys(corpus.tokens, 0)
+        for window in windows:
+            tokens[window.domain] += len(window.tokens)
+        return replace(corpus, windows=windows, tokens=tokens)
+
+
+def in_sampled_order(windows: Sequence[Window]) -> list[Window]:
+    """Return ``windows`` in an order that depends on each of them alone and is like chance."""
+    return sorted(windows, key=window_name)
+
+
+def window_name(window: Window) -> str:
+    """Return a name of the window's tokens: a hash of them."""
+    return hashlib.blake2b(window.tokens.tobytes(), digest_size=8).hexdigest()
 
 
 def endless(corpus: Corpus, rows: int, seed: int, device: torch.device, *, done: int = 0) -> Iterator[Batch]:

@@ -1,6 +1,6 @@
 """What a teacher said of a text, on the disk: a file of rows, one for each token, for every figure.
 
-cache.json            the digest of all that it depends on, the shapes; written last
+cache.json            the digest of all that it depends on, the windows by name, the shapes; written last
 indices.npy ...       [N, ..] of all tokens, window after window
 heldout.npy           the teacher's loss on each window of the text that judges
 counts.npy            and whom its routers chose there (``recovery.monitor``)
@@ -28,6 +28,7 @@ from moesurgeon.recovery.estimator import learning_routers
 from moesurgeon.recovery.judge import Judge
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.said import Array, spoken_batches, write_said
+from moesurgeon.recovery.schedule import window_name
 from moesurgeon.recovery.teacher import Likeliest, Said
 from moesurgeon.traces.windows import Corpus, Window
 
@@ -35,17 +36,18 @@ _FACTS, _HELDOUT, _COUNTS = "cache.json", "heldout.npy", "counts.npy"
 
 
 class Cached:
-    """A finished cache of ``corpus``; ``experts``: by layer which of the teacher's experts the student has."""
+    """A finished cache of ``corpus`` at least; ``experts``: by layer which of the teacher's experts the student has."""
 
     def __init__(self, folder: Path, corpus: Corpus, experts: Mapping[int, Sequence[int]] | None) -> None:
-        names = json.loads((folder / _FACTS).read_text(encoding="utf-8"))["arrays"]
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        names = facts["arrays"]
         try:
             self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
             self.heldout: Array = np.load(folder / _HELDOUT)
             self.counts: Array = np.load(folder / _COUNTS)
         except (OSError, ValueError) as error:
             raise InputError(f"{folder} is damaged ({error}); remove it and begin anew") from error
-        self._rows = _rows(corpus.windows)
+        self._rows = _rows(corpus.windows, facts["windows"])
         self._experts = experts
         self._layers = sorted(int(name.partition(".")[2]) for name in names if name.startswith("router."))
         self._hidden = sorted(int(name.partition(".")[2]) for name in names if name.startswith("hidden."))
@@ -87,11 +89,12 @@ class _Lazy(Sequence[torch.Tensor]):
         return self._read(self._layers[index])
 
 
-def is_cached(folder: Path, digest: str) -> bool:
-    """Whether ``folder`` holds the whole cache ``digest``."""
+def is_cached(folder: Path, digest: str, windows: Sequence[Window] = ()) -> bool:
+    """Whether ``folder`` holds the whole cache ``digest``, with all of ``windows``."""
     try:
         known = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        return bool(known["digest"] == digest)
+        held = {name for name, _ in known["windows"]}
+        return bool(known["digest"] == digest) and all(window_name(window) in held for window in windows)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -125,7 +128,9 @@ def fill_cache(
             arrays = write_said(part, teacher, learning, batches, losses, states=states, progress=progress)
         np.save(part / _HELDOUT, judged.sums)
         np.save(part / _COUNTS, judged.counts)
-        (part / _FACTS).write_text(json.dumps({"digest": digest, "arrays": sorted(arrays)}) + "\n", encoding="utf-8")
+        windows = [(window_name(window), len(window.tokens)) for window in corpus.windows]
+        facts = {"digest": digest, "arrays": sorted(arrays), "windows": windows}
+        (part / _FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
         for path in part.iterdir():
             sync(path)
         sync(part)
@@ -144,10 +149,10 @@ def fill_cache(
                 folder.parent.rmdir()
 
 
-def _rows(windows: Sequence[Window]) -> dict[int, tuple[int, int]]:
-    """Return by window, known by identity, where its rows begin and end."""
-    found, start = {}, 0
-    for window in windows:
-        found[id(window)] = (start, start + len(window.tokens))
-        start += len(window.tokens)
-    return found
+def _rows(windows: Sequence[Window], held: Sequence[tuple[str, int]]) -> dict[int, tuple[int, int]]:
+    """Return by window, known by identity, where its rows begin and end in a cache that holds these, by name."""
+    places, start = {}, 0
+    for name, tokens in held:
+        places[name] = (start, start + tokens)
+        start += tokens
+    return {id(window): places[window_name(window)] for window in windows}

@@ -14,6 +14,7 @@ from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.closed import Sums, closed
+from moesurgeon.recovery.counted import Counted
 from moesurgeon.recovery.floor import starves, use_of
 from moesurgeon.recovery.folder import adapter_of
 from moesurgeon.recovery.judge import Judgement
@@ -66,14 +67,16 @@ def train(
             steps = Streamed(stack, student, model, heldout, training, ranks)
         else:
             steps = Resident(stack, student, model, heldout, training, ranks)
-        run = _Run(steps, teacher, text, training)
-        return run.result(store, log or Log(), progress)
+        counted = Counted(training, heldout, teacher)
+        with progress.task("recovering", counted.total, "steps") as advance:
+            run = _Run(counted.of(steps, advance), teacher, text, training)
+            return run.result(store, log or Log())
 
 
 class _Run:
     """One training from where it is to its end: what does not depend on where the weights are."""
 
-    def __init__(self, steps: Steps, teacher: Cached | Anatomy, text: Corpus, training: Training) -> None:
+    def __init__(self, steps: Counted, teacher: Cached | Anatomy, text: Corpus, training: Training) -> None:
         self.steps, self.text, self.training = steps, text, training
         self.anatomy, self.parts = steps.anatomy, parts_of(training.adapt)
         self.before = steps.judged()
@@ -87,7 +90,7 @@ class _Run:
             )
         self.adapted = steps.begin(teacher, experts)
 
-    def result(self, store: Store | None, log: Log, progress: Progress) -> Recovered:
+    def result(self, store: Store | None, log: Log) -> Recovered:
         """Train to the end and return what came of it."""
         schedule, training = self.training.schedule, self.training
         weights = self.adapted.weights()
@@ -103,48 +106,45 @@ class _Run:
             rate.load_state_dict(state["rate"])
             best_loss, best, worse = state["best_loss"], state["best"], state["worse"]
             found.steps, found.log, found.gradient_norm = state["step"], state["log"], state["norm"]
-        rows = max(1, schedule.tokens_per_step // training.length)
-        batches = endless(self.text, rows, schedule.seed, self.steps.device, done=found.steps)
-        with progress.task("recovering", schedule.steps, "steps") as advance:
-            advance(found.steps)
-            while found.steps < schedule.steps and not (schedule.patience and worse >= schedule.patience):
-                found.steps += 1
-                batch = next(batches)
-                given = self.steps.gradients(batch, self.parts[0] if found.steps == 1 else None)
-                if given.norm is not None:
-                    refuse_noise(given.norm, self.parts[0])
-                    found.gradient_norm = given.norm
-                self.adapted.regularise()
-                accelerator.clip_grad_norm_(weights, schedule.clip)
-                optimizer.step()
-                rate.step()
-                self.adapted.allocate(found.steps)
-                optimizer.zero_grad()
-                advance(1)
-                if found.steps % schedule.judge_every and found.steps != schedule.steps:
-                    continue
-                judged = self.steps.judged(self.parts)
-                usage = self._use(judged)
-                found.log.append({"step": found.steps, **given.figures, "heldout": judged.loss, "usage": usage})
-                worse += 1
-                if judged.loss < best_loss and not (schedule.min_share and starves(usage)):
-                    best_loss, best, worse = judged.loss, self.adapted.state(), 0
-                log.write(found.log)
-                if store:
-                    store.save(
-                        {
-                            "step": found.steps,
-                            "weights": self.adapted.state(),
-                            "optimizer": optimizer.state_dict(),
-                            "rate": rate.state_dict(),
-                            "importance": self.adapted.importance(),
-                            "best_loss": best_loss,
-                            "best": best,
-                            "worse": worse,
-                            "log": found.log,
-                            "norm": found.gradient_norm,
-                        }
-                    )
+            self.steps.done_before(found.steps)
+        batches = endless(self.text, schedule.rows(training.length), schedule.seed, self.steps.device, done=found.steps)
+        while found.steps < schedule.steps and not (schedule.patience and worse >= schedule.patience):
+            found.steps += 1
+            batch = next(batches)
+            given = self.steps.gradients(batch, self.parts[0] if found.steps == 1 else None)
+            if given.norm is not None:
+                refuse_noise(given.norm, self.parts[0])
+                found.gradient_norm = given.norm
+            self.adapted.regularise()
+            accelerator.clip_grad_norm_(weights, schedule.clip)
+            optimizer.step()
+            rate.step()
+            self.adapted.allocate(found.steps)
+            optimizer.zero_grad()
+            if found.steps % schedule.judge_every and found.steps != schedule.steps:
+                continue
+            judged = self.steps.judged(self.parts)
+            usage = self._use(judged)
+            found.log.append({"step": found.steps, **given.figures, "heldout": judged.loss, "usage": usage})
+            worse += 1
+            if judged.loss < best_loss and not (schedule.min_share and starves(usage)):
+                best_loss, best, worse = judged.loss, self.adapted.state(), 0
+            log.write(found.log)
+            if store:
+                store.save(
+                    {
+                        "step": found.steps,
+                        "weights": self.adapted.state(),
+                        "optimizer": optimizer.state_dict(),
+                        "rate": rate.state_dict(),
+                        "importance": self.adapted.importance(),
+                        "best_loss": best_loss,
+                        "best": best,
+                        "worse": worse,
+                        "log": found.log,
+                        "norm": found.gradient_norm,
+                    }
+                )
         self._finish(found, best)
         return found
 

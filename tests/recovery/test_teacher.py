@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from moesurgeon.engine.batches import to_batch
 from moesurgeon.engine.model import logits_of
 from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.errors import OutputError
+from moesurgeon.pipeline.subject import Subject
 from moesurgeon.progress import SILENT
 from moesurgeon.recovery import teacher_cache
 from moesurgeon.recovery.objective import Losses, distillation
 from moesurgeon.recovery.teacher import Likeliest
 from moesurgeon.recovery.teacher_cache import Cached, fill_cache, is_cached
+from moesurgeon.traces.windows import Corpus
 from tests.engine.small import corpus_of, random_windows, running, saved, small_model, stream_of
 
 
@@ -89,7 +93,7 @@ def test_a_teacher_that_is_sure_leaves_no_nan() -> None:
 LOSSES = Losses(router=1.0, hidden=1.0, temperature=1.5)
 
 
-def _filled(folder: Path) -> tuple[object, ...]:
+def _filled(folder: Path) -> tuple[Subject, PreTrainedModel, Corpus]:
     subject = saved(small_model("deepseek_v3"), folder / "model")
     teacher = running(subject)
     corpus = corpus_of(random_windows("a", count=7, vocabulary=90), random_windows("b", count=4, vocabulary=90))
@@ -124,6 +128,19 @@ def test_the_routers_are_those_of_the_experts_that_are_left(tmp_path: Path) -> N
     everyone = Cached(tmp_path / "cache", corpus, None).says(batch).routers
     some = Cached(tmp_path / "cache", corpus, {1: (6, 2), 2: (0, 1)}).says(batch).routers
     assert torch.equal(some[0], everyone[0][:, [6, 2]]) and torch.equal(some[1], everyone[1][:, [0, 1]])
+
+
+def test_a_cache_of_more_text_serves_less(tmp_path: Path) -> None:
+    _subject, _teacher, corpus = _filled(tmp_path)
+    some = replace(corpus, windows=[corpus.windows[number] for number in (8, 3, 10)])
+    other = random_windows("c", count=1, vocabulary=90)
+    assert is_cached(tmp_path / "cache", "digest", some.windows)
+    assert not is_cached(tmp_path / "cache", "digest", [*some.windows, *other])
+    batch = to_batch(some.windows[1:], torch.device("cpu"))
+    mine, theirs = (Cached(tmp_path / "cache", each, None).says(batch) for each in (some, corpus))
+    assert mine.likeliest is not None and theirs.likeliest is not None
+    assert torch.equal(mine.likeliest.logq, theirs.likeliest.logq)
+    assert len(mine.likeliest.logq) == batch.text_tokens
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moesurgeon.cli.recover import command
+from moesurgeon.engine.batches import rows_for
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.recipe import RecoverStep
 from moesurgeon.pipeline.recover import RecoverSpec
 from moesurgeon.recovery.objective import Losses
-from moesurgeon.recovery.schedule import Schedule, endless, pace
+from moesurgeon.recovery.schedule import Schedule, endless, in_sampled_order, pace
 from moesurgeon.recovery.train import NOISE, refuse_noise
 from tests.engine.small import corpus_of, random_windows
 
@@ -39,6 +41,32 @@ def test_the_order_is_the_seed_s() -> None:
 
     assert order(1) == order(1)
     assert order(1) != order(2)
+
+
+def test_steps_need_the_text_that_they_read() -> None:
+    """No less, at most a batch of the teacher's more, and less of the same for fewer of them."""
+    windows = [
+        *random_windows("a", count=900, vocabulary=50, longest=16),
+        *random_windows("b", count=900, vocabulary=50),
+    ]
+    corpus, length = corpus_of(windows[:900], windows[900:]), 32
+    together, before = rows_for(length), 0
+    for steps in (1, 60, 100, 200):
+        schedule = Schedule(steps=steps, tokens_per_step=128)  # four windows
+        needed = schedule.needed(corpus, length)
+        count = len(needed.windows)
+        assert count % together == 0 and 4 * steps <= count < 4 * steps + together and count >= before
+        assert replace(schedule, seed=7).needed(corpus, length).windows == needed.windows
+        names = [id(window) for window in needed.windows]
+        assert names == [id(window) for window in corpus.windows if id(window) in set(names)]  # in their order
+        assert in_sampled_order(needed.windows) == in_sampled_order(corpus.windows)[:count]
+        assert needed.tokens == {
+            name: sum(len(window.tokens) for window in needed.windows if window.domain == name) for name in "ab"
+        }
+        assert min(needed.tokens.values()) > 0
+        before = count
+    assert Schedule(steps=450, tokens_per_step=128).needed(corpus, length) is corpus
+    assert Schedule(steps=2, tokens_per_step=8).needed(corpus, length).windows  # a window at least
 
 
 @pytest.mark.parametrize("steps", [1, 2, 19, 200, 1000])
