@@ -15,6 +15,11 @@ Every message is one line: what is wrong, then what to do about it. A traceback 
 (exit code 1); ``MOESURGEON_DEBUG=1`` shows it for user errors as well.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 EXIT_OK = 0
 EXIT_BUG = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -60,9 +65,13 @@ class ProfileError(InputError):
 
 
 class GateFailed(MoeSurgeonError):
-    """A quality gate failed; what had passed before was kept (exit code 4)."""
+    """A quality gate failed; what had passed before was kept (exit code 4). ``verdict``: what a report says of it."""
 
     exit_code = 4
+
+    def __init__(self, message: str, verdict: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 class OutputError(MoeSurgeonError):

@@ -53,6 +53,8 @@ def _show(report: Report) -> None:
             print(
                 f"{stage['stage']} closed {stage['gap_closed']:.1%} of the loss gap to the original (validation split)"
             )
+    if "rejected" in report:
+        print(f"rejected: {report['rejected']} fails the gate; the last state that passes is {report['accepted']}")
     print(f"checkpoint: {report['checkpoint']}; figures: {report['output']}/figures.json ({report['seconds']:.0f} s)")
 
 

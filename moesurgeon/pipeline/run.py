@@ -1,7 +1,8 @@
 """``run``: a recipe from the first evaluation to the last, with the figures of every stage.
 
 A run folder holds ``journal.jsonl`` (one fsynced line per finished stage), the checkpoints of the
-stages under ``stages/``, the last one as ``checkpoint/``, and at the very end ``figures.json``.
+stages under ``stages/``, the last accepted one as ``checkpoint/`` (see ``run_end``), and at the very end
+``figures.json``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from moesurgeon.errors import UsageError
+from moesurgeon.errors import GateFailed, NothingToDo, UsageError
 from moesurgeon.pipeline.bare import bare_figures
 from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate
 from moesurgeon.pipeline.foresight import Foresight
@@ -29,6 +30,7 @@ from moesurgeon.pipeline.recipe_check import refuse_impossible, step_on
 from moesurgeon.pipeline.recipe_file import read_recipe
 from moesurgeon.pipeline.recover import RecoverSpec, recover
 from moesurgeon.pipeline.retop import retop
+from moesurgeon.pipeline.run_end import settle, writing
 from moesurgeon.pipeline.sample import sample
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.traces.documents import Split
@@ -52,50 +54,75 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
     folder = output.output
     previous = _make_way(output)
     started = time.monotonic()
-    stages = [_measured(recipe, "original", recipe.checkpoint, folder / "usage" / "00-original", {}, progress)]
-    append(folder / JOURNAL, stages[-1])
+    original = _measured(recipe, "original", recipe.checkpoint, folder / "usage" / "00-original", {}, progress)
+    stages = [{**original, "accepted": True}]
+    _log(folder, stages[-1])
     current, taken = recipe.checkpoint, None
     own: list[str] = []
-    writing_steps = [number for number, step in enumerate(recipe.steps, start=1) if step.writes]
+    gate: Mapping[str, Any] | None = None
+    ended: GateFailed | NothingToDo | None = None
     for number, step in enumerate(recipe.steps, start=1):
         progress.note(f"step {number} of {len(recipe.steps)}: {step.name}")
         place = folder / "stages" / f"{number:02d}-{step.name}"
-        if step.sample:
-            path = place.with_name(f"{place.name}-{step.sample.domain}.jsonl")
-            drawn = sample(recipe.checkpoint, path, step.sample, recipe.running, progress)
-            own.append(f"{step.sample.domain}={path}")
-            append(folder / JOURNAL, {"stage": step.name, **drawn, "path": str(path.relative_to(folder))})
+        if not step.writes:
+            taken = _prepared(recipe, step, current, place, own, progress) or taken
             continue
-        if step.profile:
-            text = replace(recipe.text, split=recipe.text.split or "calibration", max_tokens=step.profile.max_tokens)
-            profile(current, ProfileOutput(output=place, inner=step.profile.inner), text, recipe.running, progress)
-            taken = place
-            append(folder / JOURNAL, {"stage": step.name, "profile": str(place.relative_to(folder))})
-            continue
-        last = number == writing_steps[-1]
-        target = folder / "checkpoint" if last else place
-        report = _write(recipe, step_on(recipe, step, own), current, taken, target, progress)
+        try:
+            report = _write(recipe, step_on(recipe, step, own), current, taken, place, progress)
+        except (GateFailed, NothingToDo) as error:  # wrote nothing: what there is by now is the result
+            progress.note(f"step {number}: {error}")
+            _log(folder, {"stage": step.name, "accepted": False, "why": str(error)})
+            ended, gate = error, error.verdict if isinstance(error, GateFailed) else stages[-1].get("gate")
+            break
         bare = _bare(recipe, step, current, report, stages[0], progress)
-        current, taken = str(target), None
+        current, taken = str(place), None
         usage_folder = folder / "usage" / f"{number:02d}-{step.name}"
-        spec = EvaluateSpec(gates=(recipe.gate,)) if last and recipe.gate else None
-        stages.append({**_measured(recipe, step.name, current, usage_folder, report, progress, spec=spec), **bare})
-        append(folder / JOURNAL, stages[-1])
+        stage = {**_measured(recipe, step.name, current, usage_folder, report, progress), **bare}
+        # The recipe's gate is judged on every state, so that it is known which was the last to pass.
+        stages.append({**stage, "accepted": stage.get("gate", {"passed": True})["passed"]})
+        _log(folder, stages[-1])
+        gate = stage.get("gate")
         if (failed := report.get("gate")) and not failed["passed"]:
             progress.note(f"step {number}: a gate failed; the recipe ends with the last state that passed")
-            stages[-1]["gate"] = failed
+            gate = failed
             break
+    end = settle(folder, stages)
+    _log(folder, {"stage": "end", **end})
     figures = {
         "recipe": str(recipe_path),
-        "checkpoint": current,
+        **end,
         "stages": stages,
         "seconds": time.monotonic() - started,
-        **({"gate": gate} if (gate := stages[-1].pop("gate", None)) else {}),
+        **({"gate": gate} if gate else {}),
     }
-    write_whole(folder / _FIGURES, json.dumps(figures, indent=2) + "\n")
+    with writing(folder):
+        write_whole(folder / _FIGURES, json.dumps(figures, indent=2) + "\n")
     if (previous / JOURNAL).is_file():
         shutil.rmtree(previous)
+    if ended is not None and (gate is None or gate["passed"]):
+        raise type(ended)(f"{ended}; the run ends with {end['accepted']}, {end['checkpoint']}: see {folder / _FIGURES}")
     return {"output": str(folder), **figures}
+
+
+def _prepared(recipe: Recipe, step: Step, current: str, place: Path, own: list[str], progress: Progress) -> Path | None:
+    """Do one step that writes no checkpoint; return the profile that it took. What it sampled is added to ``own``."""
+    folder = place.parents[1]
+    if step.sample:
+        path = place.with_name(f"{place.name}-{step.sample.domain}.jsonl")
+        drawn = sample(recipe.checkpoint, path, step.sample, recipe.running, progress)
+        own.append(f"{step.sample.domain}={path}")
+        _log(folder, {"stage": step.name, **drawn, "path": str(path.relative_to(folder))})
+        return None
+    assert step.profile is not None
+    text = replace(recipe.text, split=recipe.text.split or "calibration", max_tokens=step.profile.max_tokens)
+    profile(current, ProfileOutput(output=place, inner=step.profile.inner), text, recipe.running, progress)
+    _log(folder, {"stage": step.name, "profile": str(place.relative_to(folder))})
+    return place
+
+
+def _log(folder: Path, entry: Mapping[str, Any]) -> None:
+    with writing(folder):
+        append(folder / JOURNAL, entry)
 
 
 def _text(recipe: Recipe, split: Split, max_tokens: int | None) -> Text:
@@ -136,12 +163,11 @@ def _measured(
     usage_folder: Path,
     report: Mapping[str, Any],
     progress: Progress,
-    *,
-    spec: EvaluateSpec | None = None,
 ) -> dict[str, Any]:
     """Return the figures of one stage: size, cost, held-out quality (with a gate's verdict), balance, speed."""
     facts = inspect(checkpoint)
     against = None if stage == "original" else recipe.checkpoint
+    spec = EvaluateSpec(gates=(recipe.gate,)) if against and recipe.gate else None
     text = _text(recipe, "report", recipe.report_tokens)
     quality = evaluate(checkpoint, against, text, recipe.running, progress, spec)
     usage = profile(

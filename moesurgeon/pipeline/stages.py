@@ -222,7 +222,8 @@ class _Stages:
         verdict = self._lines[-1]["gate"]
         raise GateFailed(
             f"{failure(verdict)} already with {max(line['experts_after'] for line in self._lines)} of "
-            f"{self._subject.anatomy.experts} experts; nothing was written: cut or ask for less, or heal on more text"
+            f"{self._subject.anatomy.experts} experts; nothing was written: cut or ask for less, or heal on more text",
+            verdict,
         )
 
 

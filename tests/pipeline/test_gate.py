@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moesurgeon.pipeline import run as module
+from moesurgeon.pipeline.verify import verify
 from tests.cli.invoke import moesurgeon, refused
 
 RECIPE = """
@@ -33,7 +34,11 @@ def test_gate_of_a_recipe(passes: bool, tmp_path: Path, out: Path, monkeypatch: 
     gate = outcome.json["gate"]
     assert gate["passed"] is passes and set(gate["values"]) == {"perplexity_ratio", "domains.json.kl"}
     assert json.loads((out / "figures.json").read_text())["gate"] == gate
-    assert (out / "checkpoint" / "config.json").is_file()
+    assert (out / "checkpoint").exists() is passes and (out / "rejected").exists() is not passes
+    verify(str(out / ("checkpoint" if passes else "rejected")), "builtin:tiny-mixtral")
+    if not passes:
+        assert outcome.json["checkpoint"] == "builtin:tiny-mixtral" and outcome.json["accepted"] == "original"
+        assert outcome.json["rejected"] == str(out / "rejected")
     assert outcome.err == "" if passes else "gate failed: perplexity_ratio < 0.5 (" in outcome.err
 
 
@@ -43,7 +48,7 @@ def test_gate_of_a_recipe(passes: bool, tmp_path: Path, out: Path, monkeypatch: 
         ("perplexity_ratio <", 2, "cannot be read"),
         ("domains.python.loss < 1", 2, "domains has json"),
         ("degeneration.loops < 1", 2, "needs --continuations N"),
-        ("5", 3, "gate: "),
+        ("5", 3, "gate must be text"),
     ],
 )
 def test_gate_that_cannot_be_judged(

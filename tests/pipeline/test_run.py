@@ -117,12 +117,20 @@ def test_a_healed_prune_is_held_against_the_experts_that_it_kept(tiny: Subject) 
 
 def test_journal(done: Done) -> None:
     lines = [json.loads(line) for line in (done.folder / "journal.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["original", "retop", "profile", "prune", "recover"]
-    assert [line for line in lines if line["stage"] != "profile"] == done.report["stages"]
+    assert [line["stage"] for line in lines] == ["original", "retop", "profile", "prune", "recover", "end"]
+    staged = [line for line in lines if line["stage"] not in ("profile", "end")]
+    # Where it lay until it was accepted.
+    assert staged[-1].pop("checkpoint") == str(done.folder / "stages" / "04-recover")
+    assert staged == [*done.report["stages"][:-1], _without(done.report["stages"][-1], "checkpoint")]
+    assert lines[-1] == {"stage": "end", "checkpoint": str(done.folder / "checkpoint"), "accepted": "recover"}
     taken = load_profile(done.folder / lines[2]["profile"])
     # What calibrates is not what is reported on.
     assert set(taken.origin.splits.values()) == {"calibration"}
     assert taken.statistics.domains == ("arithmetic", "js")
+
+
+def _without(stage: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in stage.items() if key != name}
 
 
 def test_checkpoint(done: Done) -> None:
@@ -136,6 +144,9 @@ def test_checkpoint(done: Done) -> None:
     assert facts["parameters"] == done.report["stages"][-1]["parameters"]
     for number, name in ((1, "retop"), (3, "prune")):
         verify(str(done.folder / "stages" / f"{number:02d}-{name}"), done.checkpoint)
+    assert done.report["accepted"] == "recover" and "rejected" not in done.report
+    assert all(stage["accepted"] for stage in done.report["stages"])
+    assert sorted(path.name for path in (done.folder / "stages").iterdir()) == ["01-retop", "02-profile", "03-prune"]
     hidden = [path for path in done.folder.rglob(".*")]
     assert hidden == []  # no staging folders, no locks
 

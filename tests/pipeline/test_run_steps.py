@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moesurgeon.errors import CheckpointError, UsageError
+from moesurgeon.errors import CheckpointError, NothingToDo, OutputError, UsageError
 from moesurgeon.pipeline import run as module
-from moesurgeon.pipeline.options import HealSpec
+from moesurgeon.pipeline.inspect import inspect
+from moesurgeon.pipeline.options import HealSpec, Writing
 from moesurgeon.pipeline.run import RunOutput, run
 from moesurgeon.progress import Silent
 from tests.conftest import BUILTIN
@@ -33,6 +35,17 @@ def recipe(tmp_path: Path) -> Path:
 
 def _fail(*_arguments: object, **_options: object) -> None:
     raise CheckpointError("no luck; try again")
+
+
+def _writes(noted: Callable[..., None]) -> Callable[..., dict[str, Any]]:
+    """A step that says what it was given and writes an empty checkpoint."""
+
+    def step(_source: str, spec: object, writing: Writing, *_rest: object, **options: object) -> dict[str, Any]:
+        noted(spec=spec, **options)
+        writing.output.mkdir()
+        return {}
+
+    return step
 
 
 @pytest.mark.usefixtures("cheap")
@@ -97,8 +110,8 @@ def test_impossible_recipe_does_not_touch_an_earlier_run(recipe: Path, out: Path
 @pytest.mark.usefixtures("cheap")
 def test_healing_has_the_recipe_s_text_and_teacher(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[HealSpec] = []
-    monkeypatch.setattr(module, "retop", lambda *_given, heal, **_others: seen.append(heal) or {})
-    monkeypatch.setattr(module, "prune", lambda _source, spec, *_given: seen.append(spec.heal) or {})
+    monkeypatch.setattr(module, "retop", _writes(lambda **options: seen.append(options["heal"])))
+    monkeypatch.setattr(module, "prune", _writes(lambda **options: seen.append(options["spec"].heal)))
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"checkpoint: {BUILTIN[0]}\ntext: {{traces: [js=builtin:json], length: 64}}\nsteps:\n"
@@ -116,7 +129,7 @@ def test_healing_has_the_recipe_s_text_and_teacher(out: Path, tmp_path: Path, mo
 def test_what_is_sampled_is_healed_on_from_then_on(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the checkpoint that the recipe begins with, whatever is cut by then."""
     seen: list[tuple[str, ...]] = []
-    monkeypatch.setattr(module, "retop", lambda *_given, heal, **_others: seen.append(heal.traces) or {})
+    monkeypatch.setattr(module, "retop", _writes(lambda **options: seen.append(options["heal"].traces)))
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"checkpoint: {BUILTIN[0]}\ntext: {{traces: [js=builtin:json]}}\nsteps:\n"
@@ -182,7 +195,9 @@ steps:
     report = run(recipe, RunOutput(output=tmp_path / "run"))
     assert [stage["stage"] for stage in report["stages"]] == ["original", "prune"]
     assert report["stages"][-1]["experts"] == 7 and not report["gate"]["passed"]
-    assert report["checkpoint"].endswith("01-prune")
+    assert report["accepted"] == "prune" and report["checkpoint"] == str(tmp_path / "run" / "checkpoint")
+    assert inspect(report["checkpoint"])["experts"] == 7
+    assert list((tmp_path / "run" / "stages").iterdir()) == [] and not (tmp_path / "run" / "rejected").exists()
 
 
 def test_retop_is_foreseen_by_the_profile_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,3 +215,128 @@ def test_retop_is_foreseen_by_the_profile_before_it(tmp_path: Path, monkeypatch:
     )
     run(recipe, RunOutput(output=tmp_path / "run"), Noted())
     assert any("an even share of the profile's tokens is 16 for each expert" in note for note in notes)
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Which stages pass the recipe's gate; the others fail."""
+    passes: dict[str, bool] = {}
+
+    def measured(_recipe: object, stage: str, checkpoint: str, *_rest: object) -> dict[str, Any]:
+        gate = {"passed": passes[stage]} if stage in passes else None
+        return {"stage": stage, "checkpoint": checkpoint, **({"gate": gate} if gate else {})}
+
+    monkeypatch.setattr(module, "_measured", measured)
+    return passes
+
+
+@pytest.fixture
+def two_steps(tmp_path: Path) -> Path:
+    path, kept = tmp_path / "recipe.yaml", tmp_path / "kept.json"
+    kept.write_text(json.dumps({layer: [0, 1, 2, 3, 4, 5] for layer in range(4)}))
+    path.write_text(
+        f"checkpoint: {BUILTIN[0]}\ngate: loss < 99\nsteps: [{{retop: {{}}}}, {{prune: {{keep_experts: {kept}}}}}]\n"
+    )
+    return path
+
+
+def _folders(out: Path) -> set[str]:
+    found = {path.parent for path in out.rglob("config.json")}
+    return {str(path.relative_to(out)) for path in found}
+
+
+def _journal(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("passes", "accepted", "folders"),
+    [
+        ((True, True), "prune", {"stages/01-retop", "checkpoint"}),
+        ((False, True), "prune", {"stages/01-retop", "checkpoint"}),  # repaired by what came later
+        ((True, False), "retop", {"checkpoint", "rejected"}),
+        ((False, False), "original", {"stages/01-retop", "rejected"}),
+    ],
+)
+def test_only_what_is_accepted_is_called_checkpoint(
+    passes: tuple[bool, bool], accepted: str, folders: set[str], judged: dict[str, bool], two_steps: Path, out: Path
+) -> None:
+    retop, prune = passes
+    judged.update(retop=retop, prune=prune)
+    report = run(two_steps, RunOutput(output=out))
+    assert report["accepted"] == accepted and _folders(out) == folders
+    place = BUILTIN[0] if accepted == "original" else str(out / "checkpoint")
+    assert report["checkpoint"] == place and report["gate"]["passed"] is prune
+    assert report.get("rejected") == (None if prune else str(out / "rejected"))
+    assert [stage["accepted"] for stage in report["stages"]] == [True, retop, prune]
+    for stage in report["stages"]:  # where each one is now
+        assert stage["checkpoint"] == BUILTIN[0] or (Path(stage["checkpoint"]) / "config.json").is_file()
+    if accepted != "original":
+        facts = inspect(report["checkpoint"])
+        assert (facts["top_k"], facts["experts"]) == (1, 6 if accepted == "prune" else 8)
+    figures = json.loads((out / "figures.json").read_text())
+    assert {"output": str(out), **figures} == report
+    end = _journal(out)[-1]
+    assert end == {
+        "stage": "end",
+        **{name: report[name] for name in ("checkpoint", "accepted", "rejected") if name in report},
+    }
+
+
+def test_a_run_that_is_stopped_leaves_nothing_called_checkpoint(
+    two_steps: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(_recipe: object, stage: str, checkpoint: str, *_rest: object) -> dict[str, Any]:
+        if stage == "prune":
+            raise KeyboardInterrupt
+        return {"stage": stage, "checkpoint": checkpoint}
+
+    monkeypatch.setattr(module, "_measured", measured)
+    with pytest.raises(KeyboardInterrupt):
+        run(two_steps, RunOutput(output=out))
+    assert _folders(out) == {"stages/01-retop", "stages/02-prune"} and not (out / "figures.json").exists()
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_step_that_finds_nothing_better_ends_the_run_with_what_there_is(
+    passes: bool, judged: dict[str, bool], two_steps: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a veto of recover does, after hours of work; a gate that failed before it has the last word."""
+
+    def nothing(*_arguments: object, **_options: object) -> None:
+        raise NothingToDo("nothing better was found")
+
+    monkeypatch.setattr(module, "prune", nothing)
+    judged.update(retop=passes)
+    if passes:
+        with pytest.raises(NothingToDo, match=r"nothing better was found; the run ends with retop, .*/checkpoint"):
+            run(two_steps, RunOutput(output=out))
+    else:
+        assert run(two_steps, RunOutput(output=out))["gate"] == {"passed": False}
+    assert _folders(out) == {"checkpoint" if passes else "rejected"}
+    assert json.loads((out / "figures.json").read_text())["accepted"] == ("retop" if passes else "original")
+    assert _journal(out)[-2] == {"stage": "prune", "accepted": False, "why": "nothing better was found"}
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_cut_in_stages_of_which_none_passes_leaves_the_state_before(tmp_path: Path, out: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    heal = "{method: none, max_tokens: 1024, heldout_tokens: 512}"
+    recipe.write_text(
+        f"checkpoint: {BUILTIN[0]}\ntext: {{traces: [builtin:json]}}\nrunning: {{device: cpu, dtype: float32}}\n"
+        f"steps: [{{retop: {{}}}}, {{prune: {{keep: 6, gates: [loss < 0], heal: {heal}}}}}, {{profile: {{}}}}]\n"
+    )
+    report = run(recipe, RunOutput(output=out))
+    assert not report["gate"]["passed"] and report["gate"]["expression"] == "loss < 0"
+    assert report["accepted"] == "retop" and _folders(out) == {"checkpoint"}
+    assert [line["stage"] for line in _journal(out)] == ["original", "retop", "prune", "end"]
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_full_disk_is_no_bug(recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_whole", full)
+    with pytest.raises(OutputError, match=r"No space left on device.*what its journal names is whole"):
+        run(recipe, RunOutput(output=out))
