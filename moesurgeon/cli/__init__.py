@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import sys
-from typing import Any
-
 import typer
-from typer.core import TyperGroup
 
 import moesurgeon
 from moesurgeon.cli import (
@@ -24,8 +19,10 @@ from moesurgeon.cli import (
     retop,
     run,
     sample,
+    streams,
     verify,
 )
+from moesurgeon.cli.parser import Command, Commands
 
 _COMMANDS = (
     inspect, retop, profile, profile_show, profile_merge, profile_diff, profile_import, prune, recover, evaluate,
@@ -33,17 +30,9 @@ _COMMANDS = (
 )  # fmt: skip
 
 
-class TwoWords(TyperGroup):
-    """Commands of one word or of two: ``profile CKPT`` and ``profile show FOLDER``; the two words win."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        two = " ".join(args[:2])
-        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
-
-
 app = typer.Typer(
     name="moesurgeon",
-    cls=TwoWords,
+    cls=Commands,
     help="Surgery on Mixture-of-Experts checkpoints on disk.",
     no_args_is_help=True,
     add_completion=False,
@@ -51,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in _COMMANDS:
-    app.command(command.NAME)(command.command)
+    app.command(command.NAME, cls=Command)(command.command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,6 +58,5 @@ def _root(
 
 def main() -> None:
     """Entry point of the ``moesurgeon`` script."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character of the bars gets a "?"
+    streams.prepare()
     app()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moesurgeon.cli.output import Report
-from moesurgeon.errors import UsageError
 
 if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
     from moesurgeon.healing.pace import Method
@@ -35,9 +34,6 @@ def heal_spec(
     from moesurgeon.traces.budgets import named_values
 
     if not traces:
-        if merge:
-            raise UsageError("experts are merged by what they do on text: give --merge with --heal TRACES")
-        refuse_unused(budget, sample)
         return None
     pace = Pace(steps=steps, router=router, rank=rank)
     return HealSpec(
@@ -51,13 +47,6 @@ def heal_spec(
         merge=merge,
         pace=pace,
     )
-
-
-def refuse_unused(budget: Sequence[str], sample: int | None = None) -> None:
-    """Raise UsageError for what is said of the text that heals where nothing does."""
-    for option, given in (("--heal-budget", bool(budget)), ("--heal-sample", sample is not None)):
-        if given:
-            raise UsageError(f"{option} is about the text that heals, and nothing does; say what heals or leave it out")
 
 
 def show_choice(report: Report) -> None:

@@ -12,12 +12,21 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 import typer
 
 from moesurgeon import launched
-from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, GateFailed, MoeSurgeonError, OutputError
+from moesurgeon.cli.streams import discard, say, unprinted
+from moesurgeon.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PIPE,
+    GateFailed,
+    MoeSurgeonError,
+    OutputError,
+)
 from moesurgeon.progress import SILENT, Advance, Progress
 
 SCHEMA = 1
@@ -25,48 +34,70 @@ SCHEMA = 1
 Report = dict[str, Any]
 
 
-def answer(as_json: bool, work: Callable[[Progress], Report], show: Callable[[Report], None]) -> None:
-    """Do ``work`` and print its report, as JSON or through ``show``; end the process as its errors and gate say."""
+def answering(as_json: bool, work: Callable[[], None]) -> int:
+    """Do ``work``, say what goes wrong with it in one line, and return the exit code."""
     try:
         try:
-            report = work(SILENT if as_json or launched.rank() else Bars())
-            _print(report, None if as_json else show)
-            failed = _failed_gate(report)
+            work()
+            sys.stdout.flush()
+            return EXIT_OK
+        except typer.Exit as end:
+            sys.stdout.flush()
+            return end.exit_code
         except KeyboardInterrupt as error:  # says more where finished shards wait for the next run
-            _fail(as_json, str(error) or "interrupted; nothing that looks finished was left behind", EXIT_INTERRUPTED)
+            message = str(error) or "interrupted; nothing that looks finished was left behind"
+            return _failed(as_json, message, EXIT_INTERRUPTED)
         except MoeSurgeonError as error:
             if os.environ.get("MOESURGEON_DEBUG"):
                 traceback.print_exc()
-            _fail(as_json, " ".join(str(error).split()), error.exit_code)
+            return _failed(as_json, " ".join(str(error).split()), error.exit_code)
         except BrokenPipeError:
             raise
+        except OSError as error:  # of the help or the version; commands explain their own
+            discard(sys.stdout)
+            return _failed(False, str(unprinted(error)), OutputError.exit_code)
         except Exception as error:  # noqa: BLE001 - the end of the line: shown as the bug that it is
-            traceback.print_exc()
-            _fail(as_json, f"bug in moesurgeon ({type(error).__name__}): please report the lines above", EXIT_BUG)
-        if failed:  # said, but the report is the result all the same
-            if not launched.rank():
-                print(f"moesurgeon: {failed}", file=sys.stderr)
-            raise typer.Exit(GateFailed.exit_code)
+            return _bug(as_json, error)
     except BrokenPipeError:  # the reader had enough, as in "| head"
-        _discard(sys.stdout, sys.stderr)
-        raise typer.Exit(EXIT_PIPE) from None
+        discard(sys.stdout, sys.stderr)
+        return EXIT_PIPE
+
+
+def answer(as_json: bool, work: Callable[[Progress], Report], show: Callable[[Report], None]) -> None:
+    """Do ``work`` and print its report, as JSON or through ``show``; raises what goes wrong, and Exit where a gate of
+    the report failed."""
+    try:
+        report = work(SILENT if as_json or launched.rank() else Bars())
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise typer.Exit(_bug(as_json, error)) from None
+    failed = _failed_gate(report)
+    try:
+        _print(report, None if as_json else show)
+    except OSError as error:
+        discard(sys.stdout)
+        if not failed and isinstance(error, BrokenPipeError):
+            raise
+        unsaid = f"{unprinted(error)}; the work itself is done"
+        if not failed:
+            raise OutputError(unsaid) from error
+        failed = f"{failed}; {unsaid}"
+    if failed:  # said, but the report is the result all the same
+        if not launched.rank():
+            say(f"moesurgeon: {failed}")
+        raise typer.Exit(GateFailed.exit_code)
 
 
 def _print(report: Report, show: Callable[[Report], None] | None) -> None:
     if launched.rank():  # the first process of a run speaks for all
         return
-    try:
-        if show is None:
-            # ASCII: a path can hold bytes that no encoding of the terminal's has.
-            print(json.dumps({"schema_version": SCHEMA, **report}, allow_nan=False))
-        else:
-            show(report)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _discard(sys.stdout)
-        raise OutputError(f"the result could not be printed ({error.strerror}); the work itself is done") from error
+    if show is None:
+        # ASCII: a path can hold bytes that no encoding of the terminal's has.
+        print(json.dumps({"schema_version": SCHEMA, **report}, allow_nan=False))
+    else:
+        show(report)
+    sys.stdout.flush()
 
 
 def _failed_gate(report: Report) -> str | None:
@@ -79,18 +110,23 @@ def _failed_gate(report: Report) -> str | None:
     return failure(gate)
 
 
-def _fail(as_json: bool, message: str, code: int) -> None:
+def _failed(as_json: bool, message: str, code: int) -> int:
+    """Say ``message`` on stderr, with ``as_json`` also as an object on stdout, and return ``code``."""
     others = f"[process {launched.rank()}] " if launched.rank() else ""
-    print(f"{others}moesurgeon: {message}", file=sys.stderr)
+    say(f"{others}moesurgeon: {message}")
     if as_json and not others:
-        print(json.dumps({"schema_version": SCHEMA, "error": {"message": message, "exit_code": code}}), flush=True)
-    raise typer.Exit(code) from None
+        try:
+            print(json.dumps({"schema_version": SCHEMA, "error": {"message": message, "exit_code": code}}), flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            discard(sys.stdout)
+    return code
 
 
-def _discard(*streams: TextIO) -> None:
-    """Send what is still buffered nowhere, or the interpreter's own flush at the end fails again."""
-    for stream in streams:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def _bug(as_json: bool, error: Exception) -> int:
+    traceback.print_exception(error)
+    return _failed(as_json, f"bug in moesurgeon ({type(error).__name__}): please report the lines above", EXIT_BUG)
 
 
 class Bars:
@@ -122,7 +158,7 @@ class Bars:
             yield advance
 
     def note(self, message: str) -> None:
-        print(message, file=sys.stderr)
+        say(message)
 
 
 def rate(speed: float, unit: str) -> str:
@@ -184,7 +220,10 @@ def table(headings: list[str], rows: list[list[str]], title: str | None = None, 
         print(title)
     # Redirected output has no width of its own; a table must not be cut there.
     width = None if sys.stdout.isatty() else 10_000
-    Console(width=width).print(grid)
+    console = Console(width=width)
+    with console.capture() as drawn:  # printed by rich, it would end the process where the reader went away
+        console.print(grid)
+    print(drawn.get(), end="")
 
 
 def bar(shares: list[float]) -> str:

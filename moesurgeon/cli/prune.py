@@ -134,8 +134,8 @@ def command(
     """Remove experts: the same number from every layer, chosen by what a profile measured."""
 
     def work(progress: Progress) -> Report:
-        if explain and profile is None and (keep_experts is not None or not (stages or gate or search)):
-            raise UsageError("--explain tells what a profile says of the experts that go: give --profile")
+        if explain and profile is None and keep_experts is not None:
+            raise UsageError("--explain tells what a profile says of the dropped experts: give --profile")
         from moesurgeon.pipeline.options import Running, Writing
         from moesurgeon.pipeline.prune import prune
         from moesurgeon.pipeline.prune_spec import PruneSpec

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from moesurgeon.cli import options
-from moesurgeon.cli.healed import heal_spec, refuse_unused, show_healing
+from moesurgeon.cli.healed import heal_spec, show_healing
 from moesurgeon.cli.output import Report, answer
 from moesurgeon.cli.sizes import bytes_of
 from moesurgeon.cli.texts import text_of
@@ -214,7 +214,6 @@ def command(
             rank=heal_rank, teacher=teacher, budget=heal_budget,
         )  # fmt: skip
         if heal is None or heal.method == "none":
-            refuse_unused(heal_budget)
             if not steps:
                 raise UsageError("--steps 0 trains nothing: give more of them, or --heal-method")
             return recover(source, spec, text, running, writing, progress)

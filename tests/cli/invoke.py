@@ -61,27 +61,18 @@ def refused(code: int, *arguments: str | Path, says: tuple[str, ...] = ()) -> st
     outcome = moesurgeon(*arguments)
     message = one_line(outcome, code, *says)
     assert outcome.out == ""
-    if not outcome.err.startswith("Usage:"):
-        spoken = moesurgeon(*arguments, "--json")
-        assert one_line(spoken, code) == message
-        assert spoken.json == {"schema_version": 1, "error": {"message": message, "exit_code": code}}
+    spoken = moesurgeon(*arguments, "--json")
+    assert one_line(spoken, code) == message
+    assert spoken.json == {"schema_version": 1, "error": {"message": message, "exit_code": code}}
     return message
 
 
 def one_line(outcome: Outcome, code: int, *says: str) -> str:
-    """Check that an outcome is an error in a single line with ``says`` in it, and return the line.
-
-    Errors that typer finds itself have its form: usage, a hint, and the error in one line.
-    """
+    """Check that an outcome is an error in a single line with ``says`` in it, and return the line."""
     assert outcome.code == code, f"exit code {outcome.code}: {outcome.err}"
     assert "Traceback" not in outcome.err
-    if outcome.err.startswith("Usage:"):
-        assert code == 2
-        message = outcome.err.strip().splitlines()[-1].removeprefix("Error: ")
-        assert "--help" in outcome.err
-    else:
-        assert outcome.err.startswith("moesurgeon: ") and len(outcome.err.splitlines()) == 1, outcome.err
-        message = outcome.err.strip().removeprefix("moesurgeon: ")
+    assert outcome.err.startswith("moesurgeon: ") and len(outcome.err.splitlines()) == 1, outcome.err
+    message = outcome.err.strip().removeprefix("moesurgeon: ")
     for part in says:
         assert part in message, f"{part!r} is not in {message!r}"
     return message

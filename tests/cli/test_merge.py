@@ -38,5 +38,5 @@ def test_only_merged(out: Path, profiles: dict[str, Path]) -> None:
 
 
 def test_without_text_it_is_refused(out: Path, kept: Path) -> None:
-    refused(2, "prune", MIXTRAL, out, "--keep-experts", kept, "--merge", says=("give --merge with --heal TRACES",))
+    refused(2, "prune", MIXTRAL, out, "--keep-experts", kept, "--merge", says=("--merge", "add --heal"))
     assert contents(out.parent).keys() == {"kept.json"}

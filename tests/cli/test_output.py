@@ -12,7 +12,7 @@ import pytest
 
 from moesurgeon.cli.output import Bars, bar, table
 from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE
-from tests.cli.invoke import finished, moesurgeon, process
+from tests.cli.invoke import Outcome, finished, moesurgeon, one_line, process
 
 INSPECT = ("inspect", "builtin:tiny-mixtral")
 
@@ -32,7 +32,7 @@ def test_reader_that_went_away(command: tuple[str, ...], extra: list[str]) -> No
     assert "Traceback" not in outcome.err and "BrokenPipe" not in outcome.err
     if "nowhere" not in command:
         assert outcome.err == ""
-        assert outcome.code in ((EXIT_PIPE,) if command == INSPECT else (EXIT_PIPE, 1))  # --help is typer's
+        assert outcome.code == EXIT_PIPE
     elif extra:
         assert outcome.code == EXIT_PIPE
     else:
@@ -54,6 +54,81 @@ def test_disk_that_is_full() -> None:
         outcome = finished(*INSPECT, stdout=full)
     assert outcome.code == 5
     assert outcome.err.startswith("moesurgeon: the result could not be printed") and outcome.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("prune", "--help")], ids=" ".join)
+def test_help_on_a_disk_that_is_full(arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        outcome = finished(*arguments, stdout=full)
+    assert outcome.code == 5 and one_line(outcome, 5, "could not be printed (No space left on device)")
+
+
+def _shell(line: str, *arguments: str | Path) -> Outcome:
+    """Run ``line`` with the command line as "$@" in a shell, which can close streams."""
+    whole = [sys.executable, "-m", "moesurgeon", *map(str, arguments)]
+    done = subprocess.run(["sh", "-c", line, "sh", *whole], capture_output=True, text=True, check=False, timeout=120)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def test_closed_stdout(tmp_path: Path) -> None:
+    """As on a full disk: the work is done, and no file that is opened next takes what was to be printed."""
+    outcome = _shell('"$@" >&-', "retop", INSPECT[1], tmp_path / "out")
+    one_line(outcome, 5, "the result could not be printed (stdout is closed); the work itself is done")
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert _shell('"$@" >&-', "inspect", "nowhere", "--json").code == 3
+    one_line(_shell('"$@" >&-', "--help"), 5, "stdout is closed")
+
+
+@pytest.mark.parametrize("how", ["2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_closed_stderr(how: str, tmp_path: Path) -> None:
+    """The exit code is all that is left, and it is right; notes of the work stop nothing."""
+    assert _shell(f'"$@" {how}', "inspect", "nowhere").code == 3
+    assert _shell(f'"$@" {how}', "frobnicate").code == 2
+    written = _shell(f'"$@" {how}', "retop", INSPECT[1], tmp_path / "out")
+    assert written.code == (5 if ">&- 2" in how else 0)
+    assert (tmp_path / "out" / "config.json").is_file() and written.err == ""
+
+
+@pytest.mark.parametrize("how", [">&-", ">/dev/full"])
+def test_failed_gate_keeps_its_code(how: str) -> None:
+    gate = ("-t", "builtin:json", "--max-tokens", "256", "--length", "64", "--gate", "perplexity < 1")
+    outcome = _shell(f'"$@" {how}', "evaluate", INSPECT[1], *gate)
+    one_line(outcome, 4, "perplexity", "could not be printed", "the work itself is done")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", INSPECT[1], "--bogus"],
+        ["inspect"],
+        ["retop", INSPECT[1], "out", "--top-k", "0"],
+        ["prune", INSPECT[1], "out", "--keep", "abc"],
+        ["recover", INSPECT[1], "out", "--objective", "hope"],
+        ["frobnicate"],
+        ["run", "recipe.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_one_line_and_one_object(arguments: list[str]) -> None:
+    message = one_line(moesurgeon(*arguments), 2, "see moesurgeon", "--help")
+    for spoken in (moesurgeon(*arguments, "--json"), moesurgeon("--json", *arguments)):
+        assert spoken.json["error"]["exit_code"] == 2 and spoken.err.count("\n") == 1
+    assert moesurgeon(*arguments, "--json").json["error"]["message"] == message
+
+
+def test_tables_do_not_end_the_process(tmp_path: Path) -> None:
+    """Rich ends a process with 1 where the reader of a table is gone."""
+    script = "import os\nfrom moesurgeon.cli.output import table\ntable(['a'], [['b']] * 9)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, check=False, timeout=120
+        )
+    finally:
+        os.close(writing)
+    assert b"BrokenPipeError" in done.stderr  # for the caller to see
 
 
 def test_terminal_that_lacks_characters(tmp_path: Path) -> None:

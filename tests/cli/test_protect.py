@@ -59,8 +59,8 @@ def test_what_cannot_be_protected(
 
 def test_a_choice_that_was_made_needs_neither(out: Path) -> None:
     prune = ("prune", MIXTRAL, out, "--keep-experts", "x.json")
-    refused(USAGE, *prune, "--protect", "js", says=("leave out", "--protect"))
-    refused(USAGE, *prune, "--explain", says=("--explain", "give --profile"))
+    refused(USAGE, *prune, "--protect", "js", says=("--protect goes by a profile", "leave --protect out"))
+    refused(USAGE, *prune, "--explain", says=("--explain", "add --profile"))
 
 
 def test_a_server_s_counts(out: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_curve_alone_needs_no_count(name: str, inner: dict[str, Path], tmp_pat
 def test_a_curve_goes_with_any_choice_and_is_drawn(inner: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pip install 'moesurgeon[plot]'")
     command = ("prune", MIXTRAL, tmp_path / "out", "--profile", inner[MIXTRAL], "--keep", "6")
-    report = succeeded(*command, "--curve-plot", tmp_path / "c.svg", "--json").json
+    report = succeeded(*command, "--curve", "--curve-plot", tmp_path / "c.svg", "--json").json
     assert report["criterion"] == "reap" and report["experts_after"] == 6 and len(report["curve"]["0"]) == 7
     assert report["curve_plot"] == str(tmp_path / "c.svg") and "layer 3" in (tmp_path / "c.svg").read_text()
 
@@ -100,9 +100,9 @@ def test_without_inner_products(what: list[str], profiles: dict[str, Path], tmp_
     ("arguments", "says"),
     [
         (["--curve"], ("give --keep N, --ratio R or --below S",)),
-        (["--curve", "--dry-run", "--criterion", "ean"], ("give --keep N, --ratio R or --below S",)),
+        (["--curve", "--dry-run", "--criterion", "ean"], ("add --keep or --ratio or --below SHARE",)),
         (["--curve", "--keep", "1", "--dry-run"], ("keep at least 2 experts",)),
-        (["--curve-plot", "curve.txt", "--dry-run"], ("curve.txt is neither .png, .svg nor .pdf",)),
+        (["--curve", "--curve-plot", "curve.txt", "--dry-run"], ("curve.txt is neither .png, .svg nor .pdf",)),
         (["--keep", "1", "--criterion", "reconstruction"], ("keep at least 2 experts",)),
         (["--keep", "6", "--criterion", "reconstructed"], ("reconstruction (needs profile --inner)", "reap")),
     ],
@@ -115,11 +115,12 @@ def test_arguments(arguments: list[str], says: tuple[str, ...], inner: dict[str,
 def test_a_curve_is_of_a_profile(tmp_path: Path) -> None:
     (tmp_path / "kept.json").write_text("{}")
     command = ("prune", MIXTRAL, tmp_path / "out", "--curve", "--dry-run")
-    refused(USAGE, *command, "--keep-experts", tmp_path / "kept.json", says=("give --profile",))
-    refused(USAGE, *command, says=("--profile",))
+    refused(USAGE, *command, "--keep-experts", tmp_path / "kept.json", says=("add --profile",))
+    refused(USAGE, *command, says=("add --profile",))
 
 
 def test_a_picture_that_cannot_be_written(inner: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pip install 'moesurgeon[plot]'")
-    command = ("prune", MIXTRAL, tmp_path / "out", "--profile", inner[MIXTRAL], "--dry-run", "--curve-plot")
+    command = ("prune", MIXTRAL, tmp_path / "out", "--profile", inner[MIXTRAL], "--dry-run", "--curve")
+    command += ("--curve-plot",)
     refused(OUTPUT, *command, tmp_path / "nowhere" / "c.png", says=("cannot be written", "another place"))

@@ -117,9 +117,9 @@ def test_it_goes_with_healing(inner: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--per-layer"], ("give --profile", "profile --inner")),
-        (["--per-layer-average", "1.5"], ("give --profile",)),
-        (["--per-layer-out", "k.json"], ("give --profile",)),
+        (["--per-layer"], ("add --profile", "profile --inner")),
+        (["--per-layer-average", "1.5"], ("add --profile",)),
+        (["--per-layer-out", "k.json"], ("add --per-layer-average",)),
         (["--profile", "nowhere", "--per-layer-out", "k.json"], ("add --per-layer-average",)),
         (["--profile", "nowhere", "--per-layer-average", "2.5"], ("2.5 is not between 1 and the checkpoint's 2",)),
         (["--profile", "nowhere", "--per-layer-average", "nan"], ("nan is not between 1",)),

@@ -128,7 +128,8 @@ def test_lists_of_any_length(model: Path, out: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["ridge", "distill"])
 def test_it_can_be_healed(model: Path, profile: Path, out: Path, method: str) -> None:
     """The healing block routes as the model does: past those that are out of reach."""
-    heal = ("--heal", "builtin:json", "--heal-method", method, "--heal-tokens", "2048", "--heal-steps", "4")
+    heal = ("--heal", "builtin:json", "--heal-method", method, "--heal-tokens", "2048")
+    heal += ("--heal-steps", "4") if method == "distill" else ()
     report = succeeded(
         "prune", model, out, "--virtual", "--profile", profile, "--ratio", "0.4", *heal, "--dtype", "float32", "--json"
     ).json
