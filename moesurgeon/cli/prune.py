@@ -34,7 +34,10 @@ def command(
         ),
     ] = None,
     keep_experts: Annotated[
-        Path | None, typer.Option(help='A JSON file {"LAYER": [expert, ...]} with the choice itself.')
+        Path | None,
+        typer.Option(
+            help='A JSON file {"LAYER": [expert, ...]} with the choice itself; --profile then says what traffic goes.'
+        ),
     ] = None,
     criterion: Annotated[
         str | None,
@@ -197,8 +200,10 @@ def _show(report: Report, explain: bool) -> None:
         print(f"{many} of {report['experts_before']} experts per layer can be chosen, by {report['criterion']}")
     else:
         print(f"{report['experts_before']} -> {report['experts_after']} experts per layer, by {report['criterion']}")
+    traffic = report.get("traffic_removed", {})
     for layer, experts in report["dropped"].items():
-        print(f"  layer {layer} loses {', '.join(map(str, experts)) or 'none'}")
+        had = f" ({traffic[layer]['share']:.0%} of its traffic)" if experts and layer in traffic else ""
+        print(f"  layer {layer} loses {', '.join(map(str, experts)) or 'none'}{had}")
     show_protection(report)
     if explain:
         _explain(report)

@@ -15,7 +15,7 @@ from moesurgeon.pipeline.profile_match import check_profile
 from moesurgeon.pipeline.prune_spec import HEALED, PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.spreading import spread_choice
 from moesurgeon.pipeline.subject import Subject
-from moesurgeon.pipeline.weighing import weigh
+from moesurgeon.pipeline.weighing import weigh, weigh_traffic
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan
@@ -80,7 +80,7 @@ def choose(subject: Subject, spec: PruneSpec, progress: Progress = SILENT, *, dr
     if spec.virtual:
         refuse_without_bias(subject.anatomy)
     if spec.keep_experts is not None:
-        return _by_file(spec, spec.keep_experts)
+        return _by_file(subject, spec, spec.keep_experts)
     if spec.profile is None:
         raise UsageError("say what the choice is based on: give --profile (see moesurgeon profile) or --keep-experts")
     # Here: a quarter of the time to start goes into numpy, which a choice that was made needs not.
@@ -160,6 +160,7 @@ def choose_by(
         warnings += claims.warnings_of(kept)
     if any(len(stay) < anatomy.experts for stay in kept.values()) and criterion != "random":
         warnings += weigh(statistics, found, kept, evidence)
+    warnings += weigh_traffic(statistics, kept, evidence)
     if spec.wants_curve:
         curve, against = _curve(anatomy, spec, profile, progress, fixed)
         evidence |= curve
@@ -204,14 +205,27 @@ def _record(spec: PruneSpec, profile: Profile, criterion: str) -> dict[str, Any]
     return record
 
 
-def _by_file(spec: PruneSpec, path: Path) -> Choice:
+def _by_file(subject: Subject, spec: PruneSpec, path: Path) -> Choice:
+    """Return the choice in a file; with a profile also what that says of it."""
     if spec.wants_curve:
         raise UsageError("--curve follows from a profile: give --profile, without --keep-experts")
-    if (spec.profile, spec.keep, spec.ratio, spec.below, spec.protect) != (None, None, None, None, ()):
+    if (spec.keep, spec.ratio, spec.below, spec.criterion, spec.protect) != (None, None, None, None, ()):
         raise UsageError(
-            "--keep-experts already says what stays: leave out --profile, --keep, --ratio, --below and --protect"
+            "--keep-experts already says what stays: leave out --keep, --ratio, --below, --criterion and --protect "
+            "(--profile may stay: it says what traffic goes)"
         )
-    return Choice(read_kept(path), {"criterion": "keep-experts"})
+    choice = Choice(read_kept(path), {"criterion": "keep-experts"})
+    if spec.profile is None:
+        return choice
+    from moesurgeon.profiling.artefact import load_profile
+
+    profile = load_profile(spec.profile)
+    check_profile(profile, subject, spec.profile)
+    plan_chosen(subject.anatomy, choice, spec)  # refuses what cannot be: layers or experts that there are not
+    evidence: dict[str, Any] = {}
+    warnings = weigh_traffic(profile.weighted, choice.kept, evidence)
+    evidence |= explain_choice(subject.anatomy, profile, choice.kept, "keep-experts", virtual=spec.virtual)
+    return replace(choice, evidence=evidence, warnings=warnings)
 
 
 def _curve(

@@ -20,7 +20,7 @@ from moesurgeon.healing.trials import Left, Trials
 from moesurgeon.pipeline.choice import Choice
 from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.prune_spec import HEALED
-from moesurgeon.pipeline.weighing import weigh_support
+from moesurgeon.pipeline.weighing import weigh_support, weigh_traffic
 from moesurgeon.profiling.sample import sampled_rows
 from moesurgeon.profiling.statistics import Statistics
 from moesurgeon.progress import SILENT, Progress
@@ -99,7 +99,7 @@ def settled(choice: Choice, healer: Healer, anatomy: Anatomy, plan: EditPlan | N
     record = {**choice.record, **text}
     evidence = {**choice.evidence, "choice": {**text, "layers": [each.as_dict() for each in found.values()]}}
     evidence |= explain_choice(anatomy, open_.profile, kept, HEALED)
-    warnings = weigh_support(statistics, kept, evidence)
+    warnings = [*weigh_support(statistics, kept, evidence), *weigh_traffic(statistics, kept, evidence)]
     if open_.claims is not None:
         free = {layer: each.kept for layer, each in chosen({}).items()}
         evidence["protection"] = open_.claims.report(kept, free)

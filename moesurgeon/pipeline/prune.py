@@ -44,19 +44,21 @@ def prune(
 
         report = prune_in_stages(subject, spec, writing, progress, running or Running())
         named = spec.keep_experts is not None
+        said = [] if writing.dry_run else list(report["warnings"])  # each stage noted its own
     else:
-        report, named = _at_once(subject, spec, writing, progress, running or Running())
+        report, named, said = _at_once(subject, spec, writing, progress, running or Running())
     after = report["experts_after"]
     report["warnings"] += [*_unmeasured(anatomy, after, named=named), *parallel_warnings(anatomy.experts, after)]
     for warning in report["warnings"]:
-        progress.note(f"note: {warning}")
+        if warning not in said:
+            progress.note(f"note: {warning}")
     return report
 
 
 def _at_once(
     subject: Subject, spec: PruneSpec, writing: Writing, progress: Progress, running: Running
-) -> tuple[dict[str, Any], bool]:
-    """Return the report, and whether the choice names layers for multi-token prediction as well."""
+) -> tuple[dict[str, Any], bool, list[str]]:
+    """Return the report, whether the choice names layers for multi-token prediction as well, and what was noted."""
     anatomy = subject.anatomy
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
     choice = choose(subject, spec, progress, dry_run=writing.dry_run)
@@ -72,7 +74,8 @@ def _at_once(
             refuse_layout(like, subject, writing)
             opened = stack.enter_context(healer(subject, spec.heal, running, progress, like=like, choosing=True))
             choice = settled(choice, opened, anatomy)
-        return _carry_out(subject, spec, choice, writing, running, progress, opened=opened)
+        report, named = _carry_out(subject, spec, choice, writing, running, progress, opened=opened)
+        return report, named, choice.warnings
 
 
 def _carry_out(
@@ -96,6 +99,8 @@ def _carry_out(
     plan = plan_chosen(anatomy, choice, spec)
     if plan.changes_nothing and not writing.allow_noop:
         raise NothingToDo(f"nothing to prune: all {anatomy.experts} experts of every layer would stay; keep fewer")
+    for warning in choice.warnings:  # before what takes time, so that it can be stopped
+        progress.note(f"note: {warning}")
     report = {
         "kept": {str(layer): list(kept[layer]) for layer in sorted(kept)},
         "dropped": {

@@ -16,13 +16,13 @@ HEALED = "healed"
 class PruneSpec:
     """How many experts stay and by what they are chosen.
 
-    Either ``keep_experts`` (a file with the choice) or ``profile`` with ``keep`` (a count per layer), ``ratio`` (the
-    share to remove) or ``below`` (as many as have under this share of the tokens in every layer). ``criterion`` None:
-    reap, with ``below`` frequency. ``seed`` is for the random criterion. ``protect``: texts whose experts stay, each
-    NAME[=share] (``selection.protect``). ``virtual``: experts are put out of reach by their bias instead of removed,
-    so that layers may lose different numbers. ``curve``: also say what any count costs each layer, and draw it to
-    ``curve_plot`` if that is given. ``heal``: repair the layers on text before writing; the criterion healed chooses on
-    it as well.
+    Either ``keep_experts`` (a file with the choice; a ``profile`` then says what traffic goes) or ``profile`` with
+    ``keep`` (a count per layer), ``ratio`` (the share to remove) or ``below`` (as many as have under this share of the
+    tokens in every layer). ``criterion`` None: reap, with ``below`` frequency. ``seed`` is for the random criterion.
+    ``protect``: texts whose experts stay, each NAME[=share] (``selection.protect``). ``virtual``: experts are put out
+    of reach by their bias instead of removed, so that layers may lose different numbers. ``curve``: also say what any
+    count costs each layer, and draw it to ``curve_plot`` if that is given. ``heal``: repair the layers on text before
+    writing; the criterion healed chooses on it as well.
 
     ``stages``: cut in several steps, each with a new profile, as ``selection.counts`` reads it (or a list of counts).
     ``gates``: what the result of each step has to fulfil on validation text, or it is rolled back. ``search``: find the

@@ -58,6 +58,11 @@ def heal_of(spec: PruneSpec) -> HealSpec:
     return spec.heal
 
 
+def of_count(spec: PruneSpec, count: int) -> PruneSpec:
+    """Return how one cut to ``count`` experts is chosen."""
+    return replace(spec, keep=count, ratio=None, below=None, curve=False, curve_plot=None)
+
+
 def counts_of(anatomy: Anatomy, spec: PruneSpec) -> tuple[int, ...]:
     """Return the counts of the stages, or for a search those that may be tried; falling.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,14 @@ from moesurgeon.pipeline.healed_choice import settled
 from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.prune_spec import HEALED, PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.stage_folder import StageFolder, stage_folder
+from moesurgeon.pipeline.stage_plan import planned
 from moesurgeon.pipeline.stage_profile import stage_profile
-from moesurgeon.pipeline.stage_state import State, counts_of, heal_of
+from moesurgeon.pipeline.stage_state import State, counts_of, heal_of, of_count
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import Progress
 from moesurgeon.selection.choose import best
 from moesurgeon.surgery.layouts import plan_layout
-from moesurgeon.surgery.plan import identity
 from moesurgeon.surgery.prune import plan_prune, with_mtp_layers
 
 
@@ -61,7 +61,7 @@ def prune_in_stages(
     if writing.layout is not None:  # what it refuses, before the work
         plan_layout(anatomy, writing.layout)
     if writing.dry_run:
-        return _planned(subject, spec, counts, writing, progress)
+        return planned(subject, spec, counts, writing, progress)
     first = State.of_source(anatomy)
     # For the memory any experts will do.
     like = best(
@@ -157,6 +157,7 @@ class _Stages:
             known = self._judge(name, state, count)
         else:
             self._progress.note(f"{name}: judged before, {'accepted' if known['accepted'] else 'rolled back'}")
+            self._warn(name, known["warnings"])
         self._lines.append(known)
         if not known["accepted"] or (self._spec.search and not (self._folder.path / name).exists()):
             return None if not known["accepted"] else state  # forgotten: a smaller count passed since
@@ -167,6 +168,7 @@ class _Stages:
     def _judge(self, name: str, state: State, count: int) -> dict[str, Any]:
         self._progress.note(f"{name}: {state.anatomy.experts} -> {count} experts per layer")
         choice = self._chosen(name, state, count)
+        self._warn(name, choice.warnings)
         kept = with_mtp_layers(state.anatomy, choice.kept)
         cut = state.cut(kept, choice.record)
         plan, healed, measured = self._healer.heal(cut.plan)
@@ -197,9 +199,14 @@ class _Stages:
             self._folder.reject(name, line)
         return self._folder.entries[-1]
 
+    def _warn(self, name: str, warnings: Sequence[str]) -> None:
+        """Say what speaks against a choice before the stage is healed."""
+        for warning in warnings:
+            self._progress.note(f"note: {name}: {warning}")
+
     def _chosen(self, name: str, state: State, count: int) -> Choice:
         """Choose by the profile that was given, for the source; by a new one of the overlay for what came of it."""
-        spec = replace(self._spec, keep=count, ratio=None, below=None, curve=False, curve_plot=None)
+        spec = of_count(self._spec, count)
         is_source = state.anatomy.experts == self._subject.anatomy.experts
         if is_source and spec.keep_experts is not None:
             return choose(self._subject, self._spec, self._progress)
@@ -232,28 +239,6 @@ def _by_file(subject: Subject, spec: PruneSpec) -> tuple[int, ...] | None:
     if spec.keep_experts is None or spec.stages is not None or spec.search:
         return None
     return (plan_chosen(subject.anatomy, choose(subject, spec), spec).result(subject.anatomy).experts,)
-
-
-def _planned(
-    subject: Subject, spec: PruneSpec, counts: tuple[int, ...], writing: Writing, progress: Progress
-) -> dict[str, Any]:
-    """Return what a dry run says: how many stay after each stage; which ones is for the stages to find out."""
-    experts = subject.anatomy.experts
-    return {
-        "kept": {},
-        "dropped": {},
-        "experts_before": experts,
-        "experts_after": min(counts),
-        "virtual": False,
-        "criterion": spec.criterion or "reap",
-        "stages": [{"stage": f"stage-{n:02d}", "experts_after": count} for n, count in enumerate(counts, start=1)]
-        if not spec.search
-        else [{"stage": f"count-{count:04d}", "experts_after": count} for count in counts],
-        "healing": [],
-        "healed": {"planned": asdict(heal_of(spec))},
-        "warnings": [],
-        **finish(identity(subject.anatomy), subject, replace(writing, allow_noop=True), progress),
-    }
 
 
 def _digest(subject: Subject, spec: PruneSpec, open_healer: Healer) -> str:

@@ -1,4 +1,4 @@
-"""What speaks for and against a choice of experts: how stable it is, and whether those that go were seen at all."""
+"""What speaks for and against a choice of experts: how stable it is, and what those that go had of the traffic."""
 
 from __future__ import annotations
 
@@ -46,3 +46,11 @@ def weigh_support(statistics: Statistics, kept: Kept, evidence: dict[str, Any]) 
         f"{sum(map(len, unsure.values()))} of the experts that go were given under {SUPPORT} tokens "
         f"({'; '.join(places[:6])}{'; ...' if len(places) > 6 else ''}): hardly seen is not cold, profile more text"
     ]
+
+
+def weigh_traffic(statistics: Statistics, kept: Kept, evidence: dict[str, Any]) -> list[str]:
+    """Add to ``evidence`` what the experts that go had of the traffic, and return a line for each layer it is much."""
+    from moesurgeon.selection.traffic import removed_traffic, traffic_warnings
+
+    evidence["traffic_removed"] = removed_traffic(statistics, kept)
+    return traffic_warnings(evidence["traffic_removed"])

@@ -87,5 +87,5 @@ def test_list_of_experts_is_missing_or_not_alone(out: Path, tmp_path: Path) -> N
     refused(INPUT, "prune", MIXTRAL, out, "--keep-experts", tmp_path, says=("cannot be read", "give"))
     path = tmp_path / "kept.json"
     path.write_text(json.dumps(LAYERS))
-    for other in (["--keep", "6"], ["--keep", "0"], ["--ratio", "0.5"], ["--profile", tmp_path]):
+    for other in (["--keep", "6"], ["--keep", "0"], ["--ratio", "0.5"], ["--criterion", "reap"]):
         refused(USAGE, "prune", MIXTRAL, out, "--keep-experts", path, *other, says=("leave out",))

@@ -1,0 +1,47 @@
+"""What a dry run says of a cut in stages: the counts, and of the first stage what traffic goes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from moesurgeon.pipeline.choice import choose
+from moesurgeon.pipeline.options import Writing
+from moesurgeon.pipeline.prune_spec import HEALED, PruneSpec
+from moesurgeon.pipeline.stage_state import heal_of, of_count
+from moesurgeon.pipeline.subject import Subject
+from moesurgeon.pipeline.write import finish
+from moesurgeon.progress import Progress
+from moesurgeon.surgery.plan import identity
+
+
+def planned(
+    subject: Subject, spec: PruneSpec, counts: tuple[int, ...], writing: Writing, progress: Progress
+) -> dict[str, Any]:
+    """Return what a dry run says: how many stay after each stage; which ones is for the stages to find out.
+
+    With a profile the first one's experts are known, and what traffic they have.
+    """
+    experts = subject.anatomy.experts
+    stages: list[dict[str, Any]] = [
+        {"stage": f"count-{count:04d}" if spec.search else f"stage-{number:02d}", "experts_after": count}
+        for number, count in enumerate(counts, start=1)
+    ]
+    warnings = []
+    if spec.profile is not None and spec.criterion != HEALED:
+        choice = choose(subject, spec if spec.keep_experts is not None else of_count(spec, counts[0]), progress)
+        stages[0]["evidence"] = {"traffic_removed": choice.evidence["traffic_removed"]}
+        warnings = [f"{stages[0]['stage']}: {warning}" for warning in choice.warnings]
+    return {
+        "kept": {},
+        "dropped": {},
+        "experts_before": experts,
+        "experts_after": min(counts),
+        "virtual": False,
+        "criterion": spec.criterion or "reap",
+        "stages": stages,
+        "healing": [],
+        "healed": {"planned": asdict(heal_of(spec))},
+        "warnings": warnings,
+        **finish(identity(subject.anatomy), subject, replace(writing, allow_noop=True), progress),
+    }
