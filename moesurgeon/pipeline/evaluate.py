@@ -62,7 +62,7 @@ def evaluate(
     placement = place(running.device, running.dtype, subject.stored_dtype)
     length = window_length(subject, text)
     _refuse_long(subjects, spec, length)
-    corpus = read_text(subject, text, builtin_split="report")
+    corpus = read_text(subject, text, builtin_split="report", progress=progress)
     refuse_unknown_intervals(gate, corpus, has_teacher=other is not None)
     ranks = join_ranks(running.device)
     with ready(subjects, corpus, placement, length=length, max_memory=running.max_memory) as walk:

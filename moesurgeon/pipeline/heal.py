@@ -23,7 +23,7 @@ from moesurgeon.pipeline.heal_budget import share_out_healing
 from moesurgeon.pipeline.healed_choice import HELDOUT_TOKENS, TOKENS, Fixed, LayerChoice, Starts, choose_healed
 from moesurgeon.pipeline.options import HealSpec, Running
 from moesurgeon.pipeline.subject import Subject, open_subject
-from moesurgeon.pipeline.text import read_text, trace_specs, window_length
+from moesurgeon.pipeline.text import MORE, read_text, trace_specs, window_length
 from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.pipeline.walking import hidden_folder
 from moesurgeon.progress import Progress
@@ -200,6 +200,14 @@ class Healer:
         return layers, self.judged(student)
 
 
+def healing_text(subject: Subject, spec: HealSpec, progress: Progress) -> tuple[Corpus, Corpus]:
+    """Return the text that heals and the text that judges."""
+    train = read_text(
+        subject, spec.text, builtin_split="calibration", own_split="train", remedy=MORE, progress=progress
+    )
+    return train, read_text(subject, spec.judging, builtin_split="validation", remedy=MORE)
+
+
 @contextmanager
 def healer(
     subject: Subject, spec: HealSpec, running: Running, progress: Progress, *, like: EditPlan, choosing: bool = False
@@ -211,8 +219,7 @@ def healer(
     check_heal(spec)
     other = _teacher(subject, spec, progress)
     placement = place(running.device, running.dtype, subject.stored_dtype)
-    train = read_text(subject, spec.text, builtin_split="calibration", own_split="train")
-    judge = read_text(subject, spec.judging, builtin_split="validation")
+    train, judge = healing_text(subject, spec, progress)
     with ExitStack() as stack:
         sources = [
             stack.enter_context(Source.of_checkpoint(each.checkpoint, each.anatomy, placement))

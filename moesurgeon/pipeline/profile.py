@@ -55,7 +55,7 @@ def profile(
     subject = open_subject(source)
     refuse_output(output.output, FACTS, overwrite=output.overwrite, sources=(subject.root,))
     placement = place(running.device, running.dtype, subject.stored_dtype)
-    corpus = read_text(subject, text, builtin_split="calibration")
+    corpus = read_text(subject, text, builtin_split="calibration", progress=progress)
     length = window_length(subject, text)
     ranks = join_ranks(running.device)
     origin = Origin(

@@ -33,7 +33,7 @@ from moesurgeon.pipeline.recover_teacher import (
     tokens_digest,
 )
 from moesurgeon.pipeline.subject import Subject, open_subject
-from moesurgeon.pipeline.text import read_text, window_length
+from moesurgeon.pipeline.text import MORE, read_text, window_length
 from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import SILENT, Progress
@@ -107,10 +107,10 @@ def recover(
     fitting = fits(subject.anatomy, placement, spec.adapt, spec.losses, spec.schedule, running)
     streamed = spec.streamed or not ranks.least(fitting)  # all stream or none does
     length = window_length(subject, text)
-    pool = read_text(subject, text, builtin_split="calibration", own_split="train")
+    pool = read_text(subject, text, builtin_split="calibration", own_split="train", remedy=MORE, progress=progress)
     corpus = spec.schedule.needed(pool, length)
     heldout_text = text.even(max_tokens=spec.heldout_tokens, split="validation")
-    heldout = read_text(subject, heldout_text, builtin_split="validation")
+    heldout = read_text(subject, heldout_text, builtin_split="validation", remedy=MORE)
     experts = _experts(subject, teacher, spec)
     report: dict[str, Any] = {
         "teacher": spec.teacher,

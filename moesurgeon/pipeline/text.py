@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from moesurgeon.engine.model import context_length
@@ -9,41 +10,63 @@ from moesurgeon.errors import CheckpointError, UsageError
 from moesurgeon.families.keys import count_of
 from moesurgeon.pipeline.options import Text
 from moesurgeon.pipeline.subject import Subject
+from moesurgeon.progress import SILENT, Progress
 from moesurgeon.traces.budgets import shares_of, weights_of
 from moesurgeon.traces.chat import ChatTemplate
 from moesurgeon.traces.documents import Split
+from moesurgeon.traces.duplicates import counted_once
+from moesurgeon.traces.sources import is_lone_text
 from moesurgeon.traces.spec import TraceSpec, parse_traces
 from moesurgeon.traces.tokenizer import load_tokenizer
-from moesurgeon.traces.windows import Corpus, load_corpus
+from moesurgeon.traces.windows import Corpus, EmptySplit, load_corpus
 
 _LENGTH = 512
+MORE = "text of one's own heals and judges from two documents on (the calibration split from four); give more"
+"""What to do about a trace of which no document is left to judge."""
+
+_ANOTHER_SPLIT = "give more documents, or name another split"
 _CUT = 0.5  # share of the tokens in documents longer than a window from which it is said
 
 
 _LARGEST_SEED = 2**63 - 1
 
 
-def read_text(subject: Subject, text: Text, *, builtin_split: Split, own_split: Split = "all") -> Corpus:
-    """Return the windows that ``text`` asks for, made with the subject's tokenizer.
+def read_text(
+    subject: Subject,
+    text: Text,
+    *,
+    builtin_split: Split,
+    own_split: Split = "all",
+    remedy: str = _ANOTHER_SPLIT,
+    progress: Progress = SILENT,
+) -> Corpus:
+    """Return the windows that ``text`` asks for, made with the subject's tokenizer; no document is in two domains.
 
     Builtin traces are read in ``builtin_split`` and the user's in ``own_split``, unless ``text`` names one.
-    Raises CheckpointError for a tokenizer that makes tokens the checkpoint does not have.
+    ``remedy``: what to do about a trace with too few documents for its split. What the user should know of how the
+    traces were read goes to ``progress``. Raises CheckpointError for a tokenizer that makes tokens the checkpoint
+    does not have.
     """
     specs = trace_specs(text)
     splits = [text.split or (builtin_split if spec.builtin else own_split) for spec in specs]
     length = window_length(subject, text)
     with ChatTemplate(subject.root) as template:
-        corpus = load_corpus(
-            specs,
-            load_tokenizer(subject.root),
-            splits=splits,
-            length=length,
-            max_tokens=text.max_tokens,
-            budgets=text.budgets,
-            sample=text.sample,
-            render=template.render,
-        )
-        corpus = replace(corpus, chat_template=template.sha256)
+        try:
+            corpus = load_corpus(
+                specs,
+                load_tokenizer(subject.root),
+                splits=splits,
+                length=length,
+                max_tokens=text.max_tokens,
+                budgets=text.budgets,
+                sample=text.sample,
+                render=template.render,
+            )
+        except EmptySplit as error:
+            raise error.with_remedy(remedy) from error
+        corpus = counted_once(replace(corpus, chat_template=template.sha256))
+    for note in (*_lone_text_notes(specs, splits), *corpus.notes):
+        progress.note(f"note: {note}")
     highest = max(int(window.tokens.max()) for window in corpus.windows)
     if highest >= (known := count_of(subject.anatomy.config, "vocab_size", highest + 1)):
         raise CheckpointError(
@@ -51,6 +74,16 @@ def read_text(subject: Subject, text: Text, *, builtin_split: Split, own_split: 
             "it is another model's, copy the right one there"
         )
     return corpus
+
+
+def _lone_text_notes(specs: Sequence[TraceSpec], splits: Sequence[Split]) -> list[str]:
+    """Return a line about each text file of which neighbouring passages are in different splits."""
+    return [
+        f"{spec.location} is one text file, whose passages are dealt out to the splits: neighbours can be on both "
+        "sides; give a folder with a file for each text, if it is not a collection"
+        for spec, split in zip(specs, splits, strict=True)
+        if split != "all" and is_lone_text(spec)
+    ]
 
 
 def cut_notes(subject: Subject, text: Text, corpus: Corpus) -> list[str]:

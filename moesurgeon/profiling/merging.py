@@ -16,8 +16,8 @@ def merged_profiles(parts: Sequence[tuple[Path, Profile]]) -> tuple[Profile, lis
     """Return the profile of all texts together and notes on what it lacks; ProfileError if they cannot be added up.
 
     The same documents must not be in two of them: they would count twice, and pass for surer than they are. What
-    can be told is the same text of a domain, by its hash. Inner products are of each profile's own tokens, and are
-    left out.
+    can be told is the same text, by its hash, under one name or two. Inner products are of each profile's own
+    tokens, and are left out.
     """
     first = parts[0]
     for part in parts[1:]:
@@ -62,6 +62,13 @@ def _joined(origin: Origin, part: tuple[Path, Origin]) -> Origin:
         hashes = origin.trace_hashes[domain].split("+")
         if set(hashes) & set(other.trace_hashes[domain].split("+")):
             raise ProfileError(f"{path} holds the same text of {domain} as the others; it would count twice")
+    for domain, digest in other.trace_hashes.items():
+        for name, digests in origin.trace_hashes.items():
+            if set(digests.split("+")) & set(digest.split("+")):
+                raise ProfileError(
+                    f"{path} has under {domain} the text that the others have under {name}; it would count twice: "
+                    "leave one of the two out"
+                )
     hashes_of = dict(origin.trace_hashes)
     for domain, digest in other.trace_hashes.items():
         known = hashes_of.get(domain, "").split("+")

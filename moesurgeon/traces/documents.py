@@ -7,7 +7,7 @@ Python version reads it, so that text used to calibrate is never the text that a
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Split = Literal["train", "calibration", "validation", "report", "all"]
@@ -16,7 +16,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 # Shares of the hash space, in order. "train" is what the tiny checkpoints learnt from; the other
 # three are unseen by them and disjoint from each other.
-_SHARES: tuple[tuple[Split, int], ...] = (
+SHARES: tuple[tuple[Split, int], ...] = (
     ("train", 70),
     ("calibration", 14),
     ("validation", 5),
@@ -28,12 +28,14 @@ _SHARES: tuple[tuple[Split, int], ...] = (
 class Document:
     """One text: ``key`` names it for good (a module path, a hash), ``text`` is not empty.
 
-    ``is_rendered``: a chat template wrote it, and with it the special tokens that the model wants.
+    Passages of one long document share its key. ``is_rendered``: a chat template wrote it, and with it the special
+    tokens that the model wants. ``where``: file and line, for messages.
     """
 
     key: str
     text: str
     is_rendered: bool = False
+    where: str = field(default="", compare=False)
 
 
 def split_of(key: str) -> Split:
@@ -42,12 +44,18 @@ def split_of(key: str) -> Split:
     >>> split_of("json/decoder.py") == split_of("json/decoder.py")
     True
     """
-    point = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 100
-    for split, share in _SHARES:
+    point, _ = place_in_splits(key)
+    for split, share in SHARES:
         if point < share:
             return split
         point -= share
     raise AssertionError("the shares of the splits must add up to 100")
+
+
+def place_in_splits(key: str) -> tuple[int, int]:
+    """Return where ``key`` is in the hash space: its point from 0 to 99, then what orders keys of one point."""
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+    return number % 100, number
 
 
 def in_split(key: str, split: Split) -> bool:

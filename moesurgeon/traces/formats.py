@@ -60,26 +60,29 @@ def json_lines(path: Path, column: str | None) -> Iterator[Row]:
 
 
 def plain_text(path: Path, column: str | None) -> Iterator[Row]:
-    """Yield groups of paragraphs of about 4000 characters."""
+    """Yield passages: groups of paragraphs of about 4000 characters."""
     if column is not None:
         raise TraceError(f"{path}: plain text has no column {column!r}: leave out :{column}")
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     piece: list[str] = []
-    size, number, first = 0, 1, 1
-    for chunk in _chunks(path, _NO_PARAGRAPHS):
-        try:
-            line = decoder.decode(chunk).replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(f"{path}, line {number}") from error
-        number += chunk.endswith(b"\n")
+    size, first = 0, 1
+    for number, line in _lines(path):
         piece.append(line)
         size += len(line)
         if size >= (_NO_PARAGRAPHS if line.strip() else _PARAGRAPHS):
             yield f"{path}, line {first}", "".join(piece).strip("\n")
             piece, size, first = [], 0, number
-    if decoder.getstate()[0]:
-        raise TraceError(f"{path}, line {number}: ends within a character: copy the file again")
     yield f"{path}, line {first}", "".join(piece).strip("\n")
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether ``path`` is read in passages rather than by rows."""
+    return reader_of(path) is plain_text
+
+
+def text_pieces(path: Path) -> Iterator[str]:
+    """Yield the whole text of a plain text file in pieces, with line ends of one kind."""
+    for _number, line in _lines(path):
+        yield line
 
 
 def parquet(path: Path, column: str | None) -> Iterator[Row]:
@@ -173,6 +176,21 @@ def _chunks(path: Path, longest: int) -> Iterator[bytes]:
         raise _damaged(f"{path}, after line {number}", "on", error) from error
 
 
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text file, long ones in parts, each with the number of the line after it."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    number = 1
+    for chunk in _chunks(path, _NO_PARAGRAPHS):
+        try:
+            line = decoder.decode(chunk).replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{path}, line {number}") from error
+        number += chunk.endswith(b"\n")
+        yield number, line
+    if decoder.getstate()[0]:
+        raise TraceError(f"{path}, line {number}: ends within a character: copy the file again")
+
+
 def _checked(where: str, column: str | None, present: Sequence[str]) -> str:
     """Return the column to read: ``column`` if it is present, the first usual one if it is None."""
     wanted = COLUMNS if column is None else (column,)
@@ -188,5 +206,7 @@ def _not_utf8(where: str) -> TraceError:
 
 
 def _damaged(where: str, what: str, error: Exception) -> TraceError:
+    if isinstance(error, PermissionError):
+        return TraceError(f"{where}: permission denied: make the file readable, or give another")
     reason = " ".join(str(error).split())[:200]  # pyarrow's messages have several lines
     return TraceError(f"{where}: cannot be read {what} ({reason}): copy or write it again")

@@ -17,6 +17,13 @@ from moesurgeon.traces.builtin import BUILTIN_TRACES
 _BUILTIN = "builtin:"
 _ALL = "builtin:all"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # safe in file names, JSON keys and gate expressions
+RESERVED = {
+    "all": "tables show all domains together under it",
+    "long-context": "--protect has its own meaning for it",
+    "first-choice": "--protect has its own meaning for it",
+    "low-support": "--protect has its own meaning for it",
+}
+"""Names that no domain can have, and why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +105,11 @@ def _exists(path: str) -> bool:
     # expanduser because the shell leaves the tilde of NAME=~/file alone. An empty path would be ".".
     try:
         return path != "" and Path(path).expanduser().exists()
+    except PermissionError as error:
+        raise TraceError(
+            f"{path} cannot be looked at (permission denied): change the permissions of its folder, or give another "
+            "trace"
+        ) from error
     except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
         return False
 
@@ -115,6 +127,10 @@ def _spec(name: str | None, location: str, column: str | None, text: str) -> Tra
         raise UsageError(
             f"{spec.domain!r} cannot be a domain's name (letters, digits and _ . - only): "
             f"give one, as in NAME={location}"
+        )
+    if spec.domain in RESERVED:
+        raise UsageError(
+            f"{spec.domain!r} cannot be a domain's name, {RESERVED[spec.domain]}: give another, as in NAME={location}"
         )
     return spec
 

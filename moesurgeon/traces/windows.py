@@ -6,6 +6,7 @@ predicted, and no expert chosen, from text that has nothing to do with it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,7 +18,7 @@ from moesurgeon.errors import TraceError, UsageError
 from moesurgeon.traces.budgets import SHORTEST, shares_of
 from moesurgeon.traces.documents import Document, Split
 from moesurgeon.traces.sampling import Sizes, sampled, small_batches
-from moesurgeon.traces.sources import Reading, read_documents
+from moesurgeon.traces.sources import Reading, Usable, documents_in, read_documents
 from moesurgeon.traces.spec import TraceSpec
 from moesurgeon.traces.texts import Render
 
@@ -40,6 +41,26 @@ class Window:
     tokens: NDArray[np.int32]  # [T], SHORTEST <= T <= length
 
 
+@dataclass(slots=True)
+class Catalogue:
+    """The documents of a domain that gave windows, by number: their keys, and where each begins.
+
+    ``texts``: the document of every text that gave windows, by a hash of the text; a long document has several.
+    """
+
+    keys: dict[str, int] = field(default_factory=dict)
+    places: list[str] = field(default_factory=list)
+    texts: dict[bytes, int] = field(default_factory=dict)
+
+    def number(self, document: Document) -> int:
+        """Return the number of ``document``, a new one if it was not seen before."""
+        number = self.keys.setdefault(document.key, len(self.keys))
+        if number == len(self.places):
+            self.places.append(document.where or document.key)
+        self.texts.setdefault(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), number)
+        return number
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
     """The windows of some traces, with what artefacts have to say about where they are from."""
@@ -49,6 +70,8 @@ class Corpus:
     hashes: dict[str, str] = field(default_factory=dict)  # per domain: sha256 of the texts read
     splits: dict[str, Split] = field(default_factory=dict)  # per domain
     documents: dict[str, tuple[str, ...]] = field(default_factory=dict)  # per domain: keys, by Window.document
+    catalogues: dict[str, Catalogue] = field(default_factory=dict)  # per domain: more about these documents
+    notes: tuple[str, ...] = ()  # what the user should know of how the traces were read
     chat_template: str | None = None  # sha256 of the template that made text of chats, if there were any
 
     @property
@@ -86,22 +109,22 @@ def load_corpus(
     """
     shares = shares_of([spec.domain for spec in specs], max_tokens, budgets or {})
     corpus = Corpus(windows=[])
+    usable = _is_usable(tokenize)
     for spec, split in zip(specs, splits, strict=True):
         share = shares[spec.domain]
-        documents: Iterable[Document] = read_documents(spec, split, render)
+        documents: Iterable[Document] = read_documents(spec, split, render, usable=usable)
         if sample is not None:
-            usable = _usable(tokenize, length, share)
-            documents = sampled(documents, usable, budget=share, seed=sample)
-        reading = Reading(documents)
-        numbers: dict[str, int] = {}
-        windows = take_windows(reading, spec.domain, tokenize, length=length, max_tokens=share, numbers=numbers)
+            documents = sampled(documents, _usable(tokenize, length, share), budget=share, seed=sample)
+        reading, catalogue = Reading(documents), Catalogue()
+        windows = take_windows(reading, spec.domain, tokenize, length=length, max_tokens=share, catalogue=catalogue)
         if not windows:
-            raise _no_text(spec, split)
+            raise _no_text(spec, split, documents_in(spec, render, usable=usable) if spec.builtin is None else None)
         corpus.windows.extend(windows)
         corpus.tokens[spec.domain] = sum(len(window.tokens) for window in windows)
         corpus.hashes[spec.domain] = reading.sha256
         corpus.splits[spec.domain] = split
-        corpus.documents[spec.domain] = tuple(numbers)
+        corpus.documents[spec.domain] = tuple(catalogue.keys)
+        corpus.catalogues[spec.domain] = catalogue
     return corpus
 
 
@@ -112,14 +135,13 @@ def take_windows(
     *,
     length: int,
     max_tokens: int | None,
-    numbers: dict[str, int] | None = None,
+    catalogue: Catalogue | None = None,
 ) -> list[Window]:
     """Return consecutive windows of at most ``length`` tokens until ``max_tokens`` are taken.
 
     Windows under 8 tokens are left out. The last window is cut to meet the budget exactly, unless
     that would leave under 8 tokens of it. Documents are tokenised a few at a time, so that a trace is
-    hardly read further than its budget. ``numbers`` receives the keys of the documents that gave windows, each with
-    its number, in the order of the numbers.
+    hardly read further than its budget. ``catalogue`` receives the documents that gave windows.
 
     >>> words = lambda texts: [list(range(len(text.split()))) for text in texts]
     >>> document = Document("a", "one two " * 15)
@@ -130,22 +152,28 @@ def take_windows(
         raise UsageError(f"windows of {length} tokens are too short: raise the length to at least {SHORTEST}")
     windows: list[Window] = []
     left = max_tokens
-    # Pieces of one module have one key: they are one document when intervals are clustered.
-    numbers = {} if numbers is None else numbers
+    # Passages of one document have one key: they are one document when intervals are clustered.
+    catalogue = Catalogue() if catalogue is None else catalogue
     for batch in small_batches(documents):
         for document, ids in zip(batch, _encoded(batch, tokenize, left), strict=True):
+            number = None
             for start in range(0, len(ids), length):
                 size = min(length, len(ids) - start)
                 size = size if left is None else min(size, left)
                 if size < SHORTEST:
                     break  # the end of the document or of the budget
                 tokens = np.asarray(ids[start : start + size], dtype=np.int32)
-                number = numbers.setdefault(document.key, len(numbers))
+                number = catalogue.number(document) if number is None else number
                 windows.append(Window(domain, number, start, tokens))
                 left = None if left is None else left - size
         if left is not None and left < SHORTEST:
             break  # before the next documents are read
     return windows
+
+
+def _is_usable(tokenize: Tokenize) -> Usable:
+    """Return what tells whether a document gives any window."""
+    return lambda document: len(_encoded([document], tokenize, SHORTEST)[0]) >= SHORTEST
 
 
 def _usable(tokenize: Tokenize, length: int, most: int | None) -> Sizes:
@@ -177,10 +205,21 @@ def _call(tokenize: Tokenize, texts: list[str], is_rendered: bool) -> list[list[
     return (tokenize(texts, special=False) if is_rendered else tokenize(texts)) if texts else []
 
 
-def _no_text(spec: TraceSpec, split: Split) -> TraceError:
-    if spec.builtin is None and split != "all" and next(read_documents(spec, "all"), None) is not None:
-        return TraceError(
-            f"{spec.location} holds no text in its {split} split: "
-            "it is too small to be split, use --split all or give a larger file"
-        )
-    return TraceError(f"{spec.location} holds no text of at least {SHORTEST} tokens: give another trace")
+def _no_text(spec: TraceSpec, split: Split, count: int | None) -> TraceError:
+    """Return what is wrong with a trace of ``count`` usable documents (None: not counted) that gave no window."""
+    if not count or split == "all":
+        return TraceError(f"{spec.location} holds no text of at least {SHORTEST} tokens: give another trace")
+    return EmptySplit(spec, split, count)
+
+
+class EmptySplit(TraceError):
+    """A trace has too few documents for one of them to be in its ``split``; ``remedy`` says what the user can do."""
+
+    def __init__(self, spec: TraceSpec, split: Split, count: int, remedy: str = "give more documents") -> None:
+        documents = "one document" if count == 1 else f"{count} documents"
+        super().__init__(f"{spec.location} has {documents}, and none is left for its {split} split: {remedy}")
+        self.spec, self.split, self.count = spec, split, count
+
+    def with_remedy(self, remedy: str) -> EmptySplit:
+        """Return the same error with another ``remedy``."""
+        return EmptySplit(self.spec, self.split, self.count, remedy)

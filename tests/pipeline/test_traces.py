@@ -12,7 +12,7 @@ import pytest
 
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.options import Text
-from moesurgeon.pipeline.recipe import read_recipe
+from moesurgeon.pipeline.recipe_file import read_recipe
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import cut_notes, read_text, trace_specs
 from moesurgeon.profiling.artefact import load_profile
@@ -117,3 +117,51 @@ def test_a_chat_goes_through_the_checkpoints_own_template(tiny_mixtral: Subject,
     assert corpus.hashes != plain.hashes
     first, other = corpus.windows[0].tokens.tolist(), plain.windows[0].tokens.tolist()
     assert first != other and first.count(first[0]) == 1  # one <s>, which the template wrote
+
+
+def _rows(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+TINY = ("--max-tokens", "256", "--length", "64")
+
+
+def test_one_text_under_two_names_is_refused_before_any_work(tmp_path: Path, out: Path) -> None:
+    path = _rows(tmp_path / "a.jsonl", [f"text {number} of some words and more" * 3 for number in range(9)])
+    shutil.copy(path, tmp_path / "b.jsonl")
+    both = ("-t", path, "-t", tmp_path / "b.jsonl")
+    says = ("documents of b are in a as well", "twice")
+    refused(3, "profile", "builtin:tiny-mixtral", "-o", out, *both, *TINY, says=says)
+    refused(3, "evaluate", "builtin:tiny-mixtral", *both, *TINY, says=says)
+    keep = tmp_path / "keep.json"
+    keep.write_text(json.dumps({str(layer): list(range(6)) for layer in range(4)}))
+    heal = ("--heal", path, "--heal", tmp_path / "b.jsonl", "--heal-method", "none")
+    refused(3, "prune", "builtin:tiny-mixtral", out, "--keep-experts", keep, *heal, says=says)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["heal", "calibrate", "recover"])
+def test_one_document_cannot_heal_and_judge(command: str, tmp_path: Path, out: Path) -> None:
+    path = _rows(tmp_path / "one.jsonl", ["one text of some words and more " * 30] * 3)
+    keep = tmp_path / "keep.json"
+    keep.write_text(json.dumps({str(layer): list(range(6)) for layer in range(4)}))
+    given: tuple[str | Path, ...] = {
+        "heal": ("prune", "builtin:tiny-mixtral", out, "--keep-experts", keep, "--heal", path),
+        "calibrate": ("retop", "builtin:tiny-mixtral", out, "--top-k", "1", "--calibrate", path),
+        "recover": ("recover", "builtin:tiny-deepseek", out, "--teacher", "builtin:tiny-mixtral", "-t", path),
+    }[command]  # fmt: skip
+    if command == "recover":
+        succeeded("retop", "builtin:tiny-mixtral", tmp_path / "top1", "--top-k", "1")
+        given = ("recover", tmp_path / "top1", out, "--teacher", "builtin:tiny-mixtral", "-t", path)
+    line = refused(3, *given, says=("one.jsonl has one document", "validation split"))
+    assert "--split" not in line
+    assert not out.exists()
+
+
+def test_a_lone_text_file_is_said_to_be_divided(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(f"paragraph {number} " + "word " * 900 for number in range(8)))
+    spec = ("evaluate", "builtin:tiny-mixtral", "-t", path, *TINY)
+    assert "one text file" not in succeeded(*spec).err
+    assert "book.txt is one text file, whose passages are dealt out" in succeeded(*spec, "--split", "report").err

@@ -77,3 +77,10 @@ def test_counts_and_profiles_do_not_add_up() -> None:
     counts.sums["tokens"][:] = 1.0
     with pytest.raises(ProfileError, match="b holds a server's token counts only"):
         merged_profiles([(A, _part(0, 6, "1")), (B, profile_of(counts))])
+
+
+def test_one_text_under_two_names_is_not_merged() -> None:
+    one, other = _part(0, 6, "1"), _part(6, 12, "2")
+    renamed = replace(other.origin, trace_hashes={"code": "3+1"}, splits={"code": "all"})
+    with pytest.raises(ProfileError, match=r"b has under code the text that the others have under text; .* twice"):
+        merged_profiles([(A, one), (B, replace(other, origin=renamed))])

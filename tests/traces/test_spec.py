@@ -71,6 +71,8 @@ def test_the_current_folder_has_its_own_name(tmp_path: Path) -> None:
         ("=chat.jsonl", UsageError, "'' cannot be"),
         ("a/b=chat.jsonl", UsageError, "'a/b' cannot be"),
         ("chat.jsonl:", UsageError, "PATH:COLUMN"),
+        ("all=chat.jsonl", UsageError, "'all' cannot be .*tables.*NAME=chat.jsonl"),
+        ("long-context=chat.jsonl", UsageError, "'long-context' cannot be .*--protect.*NAME=chat.jsonl"),
         ("gone.jsonl", TraceError, "gone.jsonl"),
         ("x=gone.jsonl:text", TraceError, "gone.jsonl"),
         ("hf://org/name", TraceError, "hf://org/name"),

@@ -11,7 +11,7 @@ from moesurgeon.errors import TraceError, UsageError
 from moesurgeon.traces.documents import Document
 from moesurgeon.traces.spec import TraceSpec, parse_traces
 from moesurgeon.traces.texts import key_of
-from moesurgeon.traces.windows import SHORTEST, Window, load_corpus, take_windows
+from moesurgeon.traces.windows import SHORTEST, Catalogue, Window, load_corpus, take_windows
 
 
 def _bytes(texts: list[str]) -> list[list[int]]:
@@ -29,8 +29,9 @@ LENGTHS = st.lists(st.integers(0, 100), max_size=40)
 @given(LENGTHS, st.integers(SHORTEST, 40))
 def test_windows_are_the_documents_tokens_cut(lengths: list[int], length: int) -> None:
     documents = _documents(lengths)
-    numbers: dict[str, int] = {}
-    windows = take_windows(documents, "d", _bytes, length=length, max_tokens=None, numbers=numbers)
+    catalogue = Catalogue()
+    windows = take_windows(documents, "d", _bytes, length=length, max_tokens=None, catalogue=catalogue)
+    numbers = catalogue.keys
     assert list(numbers.values()) == list(range(len(numbers)))
     assert all(SHORTEST <= len(window.tokens) <= length for window in windows)
     assert all(window.tokens.dtype == np.int32 for window in windows)
@@ -113,7 +114,7 @@ def test_a_budget_or_length_too_small_to_use_is_wrong_usage() -> None:
     [
         ([], "tiny.jsonl holds no text of at least 8 tokens"),
         (["  "], "tiny.jsonl holds no text of at least 8 tokens"),
-        (["a text that lands in one split only"], "in its .* split: it is too small.*--split all"),
+        (["a text that lands in one split only"], "has one document, and none is left for its .* split: give more"),
     ],
 )
 def test_a_trace_without_windows_says_why(texts: list[str], says: str, tmp_path: Path) -> None:
