@@ -8,6 +8,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -159,7 +160,7 @@ class Round:
                "method": method, "kept": kept_json, **facts}  # fmt: skip
         if known is None:
             started, used = time.monotonic(), time.process_time()
-            plan, healing = plan_prune(self.subject.anatomy, kept), {}
+            plan, healing = plan_prune(self.subject.anatomy, kept), dict[str, Any]()
             if method == "bare":
                 losses = self.judge.losses(Stream(self.judge.source, Overlay(plan=plan)))
             else:
@@ -167,10 +168,11 @@ class Round:
                 plan, report, _judged = open_healer.heal(plan)
                 healing = {key: report[key] for key in ("heldout", "gap_closed", "kept")}
                 losses = self.judge.losses(open_healer.student(plan))
-            row |= {"losses": losses, "healed": healing, "seconds": time.monotonic() - started,
+            row |= {**losses, "healed": healing, "seconds": time.monotonic() - started,
                     "cpu_seconds": time.process_time() - used}  # fmt: skip
         else:
-            row |= {"losses": known["losses"], "healed": known["healed"], "same_as": known["criterion"]}
+            row |= {key: known[key] for key in ("losses", "validation", "healed") if key in known}
+            row["same_as"] = known["criterion"]
         self.rows.add(row)
         show(row, Results([{"text": row["checkpoint"], **self.judge.text}, row]))
 

@@ -82,8 +82,13 @@ def _ratio(rises: Array, counts: Array) -> Value:
 class Results:
     """Rows by what they are of."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[Row], on: str = "report") -> None:
+        """``on``: "report", or "validation" where rows have losses of that text too."""
         rows = list(rows)
+        if on == "validation":
+            rows = [
+                {**row, **row[on]} if "text" in row else {**row, "losses": row[on]} for row in rows if on in row
+            ]  # fmt: skip
         self.texts = {row["text"]: Judged.of_row(row) for row in rows if "text" in row}
         self.rows = [row for row in rows if "losses" in row]
         self.layouts = {row["checkpoint"]: row["layout"] for row in self.rows}

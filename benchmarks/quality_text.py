@@ -51,7 +51,7 @@ class Rows:
         known = next((row for row in self.all if row.get("text") == name), None)
         if known is None:
             self.add({"text": name, "fingerprint": subject.fingerprint, **text})
-        elif known["fingerprint"] != subject.fingerprint or known["teacher"] != text["teacher"]:
+        elif known["fingerprint"] != subject.fingerprint or any(known.get(name) != text[name] for name in text):
             raise SystemExit(f"{self.path} has rows of another {name} or of other text; name another file")
 
     def find(self, **of: Any) -> Row | None:
@@ -112,18 +112,40 @@ def _text(window: Window) -> tuple[str, bytes]:
 
 
 class Judge:
-    """A checkpoint opened once with the report text, of which each cut's losses are taken by document."""
+    """A checkpoint opened once with the report text, of which each cut's losses are taken by document.
 
-    def __init__(self, subject: Subject, words: Words, source: Source) -> None:
-        self.corpus, self.source = report_of(subject, words), source
+    Also with ``validation_tokens`` of validation text, if there are to be any.
+    """
+
+    def __init__(self, subject: Subject, words: Words, source: Source, validation_tokens: int = 0) -> None:
+        self.source = source
         rows = rows_for(window_length(subject, words.report))
-        self.batches = list(batches_of(self.corpus, rows=rows, tokens=BATCH_TOKENS, device=source.placement.device))
-        uncut = measure(Stream(source), self.corpus.domains, self.batches)
+        self._report = Part(report_of(subject, words), source, rows)
+        self.corpus, self.text = self._report.corpus, self._report.text
+        self._validation: Part | None = None
+        if validation_tokens:
+            text = Text(traces=tuple(words.traces.values()), split="validation", max_tokens=validation_tokens)
+            self._validation = Part(read_text(subject, text, builtin_split="validation"), source, rows)
+            self.text = {**self.text, "validation": self._validation.text}
+
+    def losses(self, stream: Stream) -> Row:
+        """Return the sum of nats of each document: ``losses``, and ``validation`` where there is such text."""
+        found = {"losses": self._report.losses(stream)}
+        return found if self._validation is None else {**found, "validation": self._validation.losses(stream)}
+
+
+class Part:
+    """Text that cuts are measured on: ``text`` says what it is, and what it costs the uncut checkpoint."""
+
+    def __init__(self, corpus: Corpus, source: Source, rows: int) -> None:
+        self.corpus = corpus
+        self._batches = list(batches_of(corpus, rows=rows, tokens=BATCH_TOKENS, device=source.placement.device))
+        uncut = measure(Stream(source), corpus.domains, self._batches)
         keys = np.stack([uncut.domain, uncut.document], axis=1)
-        documents, self._number = np.unique(keys, axis=0, return_inverse=True)
-        self._number = self._number.reshape(-1)
+        documents, number = np.unique(keys, axis=0, return_inverse=True)
+        self._number = number.reshape(-1)
         self.text = {
-            "domains": list(self.corpus.domains),
+            "domains": list(corpus.domains),
             "domain": documents[:, 0].tolist(),
             "positions": np.bincount(self._number, uncut.positions).tolist(),
             "teacher": self._by_document(uncut.sums[:, LOSS]),
@@ -131,7 +153,7 @@ class Judge:
 
     def losses(self, stream: Stream) -> list[float]:
         """Return the sum of nats of each document."""
-        return self._by_document(measure(stream, self.corpus.domains, self.batches).sums[:, LOSS])
+        return self._by_document(measure(stream, self.corpus.domains, self._batches).sums[:, LOSS])
 
     def _by_document(self, losses: Any) -> list[float]:
         return [round(float(loss), 6) for loss in np.bincount(self._number, losses)]
