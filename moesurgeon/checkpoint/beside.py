@@ -18,6 +18,19 @@ from moesurgeon.checkpoint.header import parse_json
 from moesurgeon.checkpoint.open import ADAPTER_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint
 from moesurgeon.errors import CheckpointError
 
+# torch's own names of what weights are loaded in.
+_DTYPES = (
+    "auto",
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "double",
+    "float",
+    "half",
+)
 GENERATION_NAME = "generation_config.json"
 
 
@@ -68,6 +81,10 @@ def _other_config(checkpoint: Checkpoint) -> Iterator[str]:
             f"config.json hands over to other files by version (configuration_files: {str(files)[:80]}), which "
             "transformers alone follows; keep the one that is meant as config.json, without the key"
         )
+    for key in ("dtype", "torch_dtype"):
+        dtype = checkpoint.config.get(key)
+        if isinstance(dtype, str) and dtype.removeprefix("torch.") not in _DTYPES:
+            yield f"config.json gives {key} = {dtype[:40]!r}, which transformers does not load; restore it"
 
 
 def _generation(root: Path) -> Iterator[str]:

@@ -205,6 +205,11 @@ class Stream:
             tensor = change(tensor).to(tensor.device, tensor.dtype)
         self.skeleton.put(name, tensor)
 
+    @property
+    def pieces(self) -> Mapping[str, tuple[Piece, ...]]:
+        """By running name the stored tensors that it is put together from."""
+        return self._destinations.pieces
+
     def stored_parts(self, name: str) -> tuple[Piece, ...]:
         """Return which stored tensors the running name ``name`` is put together from."""
         return self._destinations.pieces[name]

@@ -21,10 +21,12 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moesurgeon.engine.arguments import Arguments
 from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.finite import NotFinite, error_after
 from moesurgeon.engine.hidden import HiddenStates
 from moesurgeon.engine.observe import Visitor, observed
 from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.engine.supply import Tensors
+from moesurgeon.errors import CheckpointError
 from moesurgeon.progress import Advance
 
 Look = Callable[[Stream, int], Visitor | None]
@@ -45,20 +47,33 @@ class Layer:
 
     @torch.no_grad()
     def forward(self, stream: Stream, batch: int, visit: Visitor | None = None) -> torch.Tensor:
-        """Return what the layer makes of ``batch`` of ``stream`` [B, T, H]; the stream stays where it is."""
+        """Return what the layer makes of ``batch`` of ``stream`` [B, T, H]; the stream stays where it is.
+
+        Raises CheckpointError, with the tensors that are to blame, if that is not finite.
+        """
         states = self.states(stream, batch)
         call = self._prepared(stream, batch, states)
         block = stream.blocks.get(self.number)
         started = time.perf_counter()
-        if visit is not None and block is not None:
-            with observed([block], visit):
+        try:
+            if visit is not None and block is not None:
+                with observed([block], visit):
+                    output = call()
+            else:
                 output = call()
-        else:
-            output = call()
+        except NotFinite as error:
+            raise self._not_finite(stream) from error
         if states.device.type != "cpu":
             torch.accelerator.synchronize(states.device)
         self.walk.seconds[stream][batch] += time.perf_counter() - started
+        if not _is_finite(output, self.walk.batches[batch]):
+            raise self._not_finite(stream)
         return output
+
+    def _not_finite(self, stream: Stream) -> CheckpointError:
+        prefix = stream.skeleton.layer_prefix.replace("{layer}", str(self.number))
+        tensors = {f"{prefix}.{name}": one for name, one in stream.skeleton.layer(self.number).named_parameters()}
+        return error_after(f"layer {self.number}", tensors, stream.pieces)
 
     def on(self, stream: Stream, batch: int, states: torch.Tensor) -> torch.Tensor:
         """Return what the layer makes of ``states`` [B, T, H] in place of the batch's own; under gradients if asked."""
@@ -151,7 +166,7 @@ class Walk:
                     for stream in mine:
                         stack.enter_context(stream.bound(group, read[stream.source]))
                     if group == 0:
-                        self._embed(mine)
+                        self._embed(mine, read)
                     else:
                         for stream in mine:
                             self.hidden[stream].turn_to(group - 1)
@@ -205,11 +220,14 @@ class Walk:
         tokens = np.array([batch.text_tokens for batch in self.batches])
         return float(np.median(tokens / np.maximum(self.seconds[stream], 1e-9)))
 
-    def _embed(self, streams: Sequence[Stream]) -> None:
+    def _embed(self, streams: Sequence[Stream], read: Mapping[Source, Tensors]) -> None:
         for stream in streams:
             arguments = Arguments(stream.skeleton)
             for number, batch in enumerate(self.batches):
-                self.hidden[stream].put(number, arguments.embedded(batch))
+                states = arguments.embedded(batch)
+                if not _is_finite(states, batch):
+                    raise error_after("the embedding", read[stream.source], stream.pieces)
+                self.hidden[stream].put(number, states)
 
     @contextmanager
     def _groups(self, start: int) -> Iterator[Iterator[tuple[int, Mapping[Source, Tensors]]]]:
@@ -225,3 +243,8 @@ class Walk:
         finally:
             for walk in walks.values():
                 walk.close()
+
+
+def _is_finite(states: torch.Tensor, batch: Batch) -> bool:
+    """Tell whether the states [B, T, H] of all text are numbers; what stands at padding does not count."""
+    return bool(states.isfinite().all()) or bool(states[batch.is_text.to(states.device)].isfinite().all())

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moesurgeon.engine.batches import Batch
 from moesurgeon.engine.budget import LOGIT_POSITIONS
+from moesurgeon.engine.finite import culprits
 from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Tail, Walk
@@ -96,9 +97,7 @@ def measure(
     sums = ranks.gathered(sums, len(batches))
     seconds = ranks.gathered(walk.seconds[stream], len(batches))
     if not np.isfinite(sums).all():
-        raise CheckpointError(
-            "the loss is not a number: the weights hold NaN or infinities, or overflow in this --dtype; try float32"
-        )
+        raise _not_a_number(stream)
     rows = [(domains.index(batch.domain), window.document) for batch in batches for window in batch.windows]
     domain, document = np.array(rows, dtype=np.int64).T
     tokens = np.array([batch.text_tokens for batch in batches])
@@ -111,6 +110,17 @@ def measure(
         int(tokens.sum()),
         teacher is not None,
     )
+
+
+def _not_a_number(stream: Stream) -> CheckpointError:
+    """Return what to raise where the layers gave numbers, and what comes after them did not."""
+    source = stream.source
+    names = [] if source.holds_a_model else culprits(source.read(source.skeleton.names_of_tail()), stream.pieces)
+    if names:
+        return CheckpointError(
+            f"the loss is not a number, since {', '.join(names)} holds NaN or infinities; restore it"
+        )
+    return CheckpointError("the loss is not a number: logits overflow in this --dtype; try float32")
 
 
 def _edges(length: int) -> list[int]:

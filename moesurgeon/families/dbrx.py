@@ -1,7 +1,10 @@
 """DBRX: config keys in nested objects, experts as consecutive rows of flat tensors."""
 
 from moesurgeon.families.description import Family, Layout
+from moesurgeon.families.parts import Parts
 from moesurgeon.families.rules import RouterRule
+
+_KEYS_VALUES = "2 * attn_config.kv_n_heads * (d_model // n_heads)"
 
 DBRX = Family(
     name="dbrx",
@@ -16,6 +19,16 @@ DBRX = Family(
     attention=("transformer.blocks.{layer}.norm_attn_norm.",),
     embedding="transformer.wte.weight",
     final_norm="transformer.norm_f.weight",
+    parts=(
+        Parts(
+            names={
+                "norm_attn_norm.norm_1.weight": "d_model",
+                "norm_attn_norm.norm_2.weight": "d_model",
+                "norm_attn_norm.attn.Wqkv.weight": f"d_model + {_KEYS_VALUES}, d_model",
+                "norm_attn_norm.attn.out_proj.weight": "d_model, d_model",
+            }
+        ),
+    ),
     # By the p-norm of this key, 1.0 in all releases; null: raw.
     router=RouterRule(
         scoring="softmax", renormalise="ffn_config.moe_normalize_expert_weights", renormalise_default=True

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from moesurgeon.families.companions import ROUTER_ROWS, ROUTER_SCALES, SELECTION_BIASES
+from moesurgeon.families.parts import Parts, SizeDefaults
 from moesurgeon.families.rules import MoeLayers, RouterRule
 
 
@@ -144,6 +145,10 @@ class Family:
     head: str = "lm_head.weight"
     # What transformers takes where config.json does not say whether the head is the embedding.
     tied_by_default: bool = False
+    # What else a layer has, by the names of the first layout; None: not described, and not checked.
+    parts: tuple[Parts, ...] | None = None
+    # Of those what transformers takes where config.json does not say.
+    size_defaults: SizeDefaults = field(default_factory=dict)
     router: RouterRule
     layouts: tuple[Layout, ...]
     # Where the running model keeps its parts (transformers 5): block, router and experts in it.

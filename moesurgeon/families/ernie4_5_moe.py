@@ -1,6 +1,7 @@
 """ERNIE 4.5: softmax scores, chosen with a bias of shape [1, E], always renormalised."""
 
 from moesurgeon.families.description import Family
+from moesurgeon.families.parts import DENSE_MLP, HEAD_DIM, LLAMA_NORMS, attention, mlp
 from moesurgeon.families.rules import MoeLayers, RouterRule
 from moesurgeon.families.stored import both_layouts
 
@@ -25,6 +26,18 @@ ERNIE4_5_MOE = Family(
         "model.mtp_linear_proj.{layer}",
     ),
     tied_by_default=True,
+    parts=(
+        LLAMA_NORMS,
+        *attention(bias="use_bias"),
+        DENSE_MLP,
+        mlp(
+            "{block}.shared_experts",
+            "moe_num_shared_experts * moe_intermediate_size",
+            on="moe",
+            when="moe_num_shared_experts",
+        ),
+    ),
+    size_defaults=HEAD_DIM,
     router=RouterRule(scoring="softmax", renormalise=True, selection_bias=True),
     layouts=both_layouts(
         {"{block}.gate.weight": 0, "{block}.moe_statics.e_score_correction_bias": 1},

@@ -1,14 +1,29 @@
 """GLM-4-MoE, GLM-4-MoE-Lite and dots.llm1: the router of DeepSeek-V3, other attention and other defaults."""
 
 from moesurgeon.families.description import Family
+from moesurgeon.families.parts import (
+    DENSE_MLP,
+    HEAD_DIM,
+    LLAMA_NORMS,
+    Parts,
+    SizeDefaults,
+    attention,
+    head_norms,
+    latent_attention,
+    mlp,
+)
 from moesurgeon.families.rules import Groups, MoeLayers, RouterRule
 from moesurgeon.families.stored import both_layouts
+
+_SHARED = mlp("{block}.shared_experts", "n_shared_experts * moe_intermediate_size", on="moe", when="n_shared_experts")
 
 
 def _family(
     name: str,
     title: str,
     *,
+    parts: tuple[Parts, ...],
+    size_defaults: SizeDefaults = HEAD_DIM,
     types_key: str | None = None,
     dense_by_default: int = 1,
     renormalises_by_default: bool = True,
@@ -28,6 +43,8 @@ def _family(
             defaults={"first_k_dense_replace": dense_by_default},
         ),
         mtp_key=mtp_key,
+        parts=(LLAMA_NORMS, *parts, DENSE_MLP, _SHARED),
+        size_defaults=size_defaults,
         router=RouterRule(
             scoring="sigmoid",
             renormalise="norm_topk_prob",
@@ -43,6 +60,24 @@ def _family(
     )
 
 
-GLM4_MOE = _family("glm4_moe", "GLM-4-MoE")
-GLM4_MOE_LITE = _family("glm4_moe_lite", "GLM-4-MoE-Lite", types_key="mlp_layer_types", scale_by_default=1.8)
-DOTS1 = _family("dots1", "dots.llm1", dense_by_default=0, renormalises_by_default=False, mtp_key=None)
+GLM4_MOE = _family(
+    "glm4_moe",
+    "GLM-4-MoE",
+    parts=(*attention(bias="attention_bias", out_bias=False), head_norms(when="use_qk_norm")),
+)
+GLM4_MOE_LITE = _family(
+    "glm4_moe_lite",
+    "GLM-4-MoE-Lite",
+    parts=latent_attention(),
+    size_defaults={"q_lora_rank": 768},
+    types_key="mlp_layer_types",
+    scale_by_default=1.8,
+)
+DOTS1 = _family(
+    "dots1",
+    "dots.llm1",
+    parts=(*attention(bias="attention_bias"), head_norms()),
+    dense_by_default=0,
+    renormalises_by_default=False,
+    mtp_key=None,
+)

@@ -1,6 +1,7 @@
 """Granite MoE, with a shared MLP or without: fused experts under names of their own."""
 
 from moesurgeon.families.description import Family, Layout
+from moesurgeon.families.parts import HEAD_DIM, LLAMA_NORMS, Parts, attention
 from moesurgeon.families.rules import RouterRule
 
 GRANITEMOE = Family(
@@ -9,6 +10,18 @@ GRANITEMOE = Family(
     model_types=("granitemoe", "granitemoeshared"),
     experts_keys=("num_local_experts", "num_experts"),
     expert_width_key="intermediate_size",
+    parts=(
+        LLAMA_NORMS,
+        *attention(bias="attention_bias"),
+        Parts(
+            names={
+                "shared_mlp.input_linear.weight": "2 * shared_intermediate_size, hidden_size",
+                "shared_mlp.output_linear.weight": "hidden_size, shared_intermediate_size",
+            },
+            when="shared_intermediate_size",
+        ),
+    ),
+    size_defaults=HEAD_DIM,
     # The softmax of the chosen logits is the softmax of all, renormalised.
     router=RouterRule(scoring="softmax", renormalise=True),
     layouts=(

@@ -1,6 +1,7 @@
 """Llama 4, on its own and inside the multimodal model, whose config and names are one level deeper."""
 
 from moesurgeon.families.description import Family, Layout
+from moesurgeon.families.parts import LLAMA_NORMS, attention, mlp
 from moesurgeon.families.rules import MoeLayers, RouterRule
 
 
@@ -20,6 +21,12 @@ def _family(name: str, title: str, *, config: str, tensors: str) -> Family:
         embedding=f"{tensors}model.embed_tokens.weight",
         final_norm=f"{tensors}model.norm.weight",
         head=f"{tensors}lm_head.weight",
+        parts=(
+            LLAMA_NORMS,
+            *attention(bias="attention_bias"),
+            mlp("{block}", "intermediate_size_mlp", on="dense"),
+            mlp("{block}.shared_expert", "intermediate_size", on="moe"),
+        ),
         router=RouterRule(scoring="sigmoid", renormalise=False),
         layouts=(
             Layout(

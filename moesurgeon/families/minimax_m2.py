@@ -1,6 +1,7 @@
 """MiniMax-M2: sigmoid scores, chosen with a bias that lives on the block, always renormalised."""
 
 from moesurgeon.families.description import Family
+from moesurgeon.families.parts import LLAMA_NORMS, attention, wide_norms
 from moesurgeon.families.rules import RouterRule
 from moesurgeon.families.stored import W1_W3_W2, both_layouts
 
@@ -13,6 +14,7 @@ MINIMAX_M2 = Family(
     experts_keys=("num_local_experts", "num_experts"),
     expert_width_key="intermediate_size",
     mtp_key="num_mtp_modules",
+    parts=(LLAMA_NORMS, *attention(), wide_norms()),
     router=RouterRule(scoring="sigmoid", renormalise=True, selection_bias=True),
     layouts=both_layouts(
         _ROWS,

@@ -1,6 +1,7 @@
 """Phi-3.5-MoE: names of Mixtral, a router (sparsemixer) that takes two experts whatever the config says."""
 
 from moesurgeon.families.description import Family
+from moesurgeon.families.parts import HEAD_DIM, LLAMA_NORMS, Parts, attention
 from moesurgeon.families.rules import RouterRule
 from moesurgeon.families.stored import W1_W3_W2, both_layouts
 
@@ -11,6 +12,14 @@ PHIMOE = Family(
     experts_keys=("num_local_experts", "num_experts"),
     expert_width_key="intermediate_size",
     fixed_top_k=2,
+    parts=(
+        LLAMA_NORMS,
+        *attention(bias="attention_bias"),
+        Parts(names={f"{norm}.bias": "hidden_size" for norm in ("input_layernorm", "post_attention_layernorm")}),
+        Parts(names={"model.norm.bias": "hidden_size"}, on="ends"),
+        Parts(names={"lm_head.bias": "vocab_size"}, on="ends", when="lm_head_bias"),
+    ),
+    size_defaults=HEAD_DIM,
     router=RouterRule(scoring="sparsemixer", renormalise=False),
     layouts=both_layouts(
         {"{block}.gate.weight": 0},

@@ -47,7 +47,7 @@ def inspect(name: str) -> dict[str, Any]:
         "layout": anatomy.layout.name,
         "shards": len(checkpoint.headers),
         "fingerprint": subject.fingerprint,
-        "problems": [*subject.problems, *subject.warnings],
+        "problems": [*subject.problems, *subject.warnings, *subject.odd_routers],
         "left_out": list(subject.beside.left_out),
     }
 

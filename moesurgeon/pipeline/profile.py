@@ -54,6 +54,8 @@ def profile(
     """Profile ``source`` on the calibration split and write the artefact."""
     subject = open_subject(source)
     refuse_output(output.output, FACTS, overwrite=output.overwrite, sources=(subject.root,))
+    for odd in subject.odd_routers:  # before the work, so that it can be stopped
+        progress.note(f"note: {odd}")
     placement = place(running.device, running.dtype, subject.stored_dtype)
     corpus = read_text(subject, text, builtin_split="calibration", progress=progress)
     length = window_length(subject, text)
@@ -100,7 +102,7 @@ def profile(
         "path": str(output.output),
         "resident": is_resident,
         "cut": corpus.cut,
-        "notes": cut_notes(subject, text, corpus),
+        "notes": [*cut_notes(subject, text, corpus), *subject.odd_routers],
         **taken.summary(),
     }
 

@@ -49,6 +49,7 @@ def prune(
         report, named, said = _at_once(subject, spec, writing, progress, running or Running())
     after = report["experts_after"]
     report["warnings"] += [*_unmeasured(anatomy, after, named=named), *parallel_warnings(anatomy.experts, after)]
+    report["warnings"] += subject.odd_routers
     for warning in report["warnings"]:
         if warning not in said:
             progress.note(f"note: {warning}")

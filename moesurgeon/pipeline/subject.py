@@ -8,12 +8,18 @@ from functools import cached_property
 from pathlib import Path
 
 from moesurgeon.checkpoint.beside import Beside, look_beside
+from moesurgeon.checkpoint.compare import look_the_same
 from moesurgeon.checkpoint.locate import locate
 from moesurgeon.checkpoint.open import INDEX_NAME, Checkpoint, open_checkpoint
 from moesurgeon.checkpoint.reader import Identity, identity_of
 from moesurgeon.errors import CheckpointError
 from moesurgeon.surgery.anatomy import Anatomy, examine
+from moesurgeon.surgery.claims import broken_claims
 from moesurgeon.surgery.completeness import problems_of
+from moesurgeon.surgery.routers import odd_routers
+
+# Where ModelOpt, AutoGPTQ and AutoAWQ say how weights are quantised.
+_QUANTISERS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,18 @@ class Subject:
     @cached_property
     def warnings(self) -> list[str]:
         """What some loaders mind, and what an edit copies as it is."""
-        return [*self.beside.warnings, *_other_size(self.checkpoint)]
+        elsewhere = any((self.root / name).is_file() for name in _QUANTISERS)
+        return [
+            *self.beside.warnings,
+            *_other_size(self.checkpoint),
+            *broken_claims(self.anatomy, quantised_elsewhere=elsewhere),
+            *_other_head(self),
+        ]
+
+    @cached_property
+    def odd_routers(self) -> list[str]:
+        """What is odd in the numbers of the routers, which are read for it."""
+        return list(odd_routers(self.anatomy, self.checkpoint))
 
     @property
     def fingerprint(self) -> str:
@@ -76,6 +93,21 @@ def _other_size(checkpoint: Checkpoint) -> Iterator[str]:
     stated = checkpoint.index_metadata.get("total_size")
     if stated is not None and stated != checkpoint.nbytes:
         yield f"{INDEX_NAME} counts {str(stated)[:40]} bytes (total_size), the shards hold {checkpoint.nbytes}"
+
+
+def _other_head(subject: Subject) -> Iterator[str]:
+    family, config = subject.anatomy.family, subject.anatomy.config
+    names = family.head, family.embedding
+    if (
+        not config.get("tie_word_embeddings", family.tied_by_default)
+        or not {*names} <= subject.checkpoint.tensors.keys()
+    ):
+        return
+    if not look_the_same(subject.checkpoint, *names):
+        yield (
+            f"config.json ties the head to the embedding, but another {family.head} is stored: transformers takes the "
+            "stored one, vLLM the embedding; set tie_word_embeddings to false"
+        )
 
 
 def few(names: Sequence[str]) -> str:

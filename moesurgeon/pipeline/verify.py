@@ -30,7 +30,10 @@ def verify(name: str, source: str | None = None, progress: Progress = SILENT, *,
     subject = open_subject(name, complete=False)
     if subject.problems:
         raise OutputError(f"{name} does not verify: {first_of(subject.problems)}")
-    for warning in subject.warnings:
+    warnings = [*subject.warnings, *_unchecked(subject)]
+    if full:
+        warnings += subject.odd_routers
+    for warning in warnings:
         progress.note(f"warning: {warning}")
     history = history_of(subject)
     report: dict[str, Any] = {
@@ -38,7 +41,7 @@ def verify(name: str, source: str | None = None, progress: Progress = SILENT, *,
         "tensors": len(subject.checkpoint.tensors),
         "bytes": subject.checkpoint.nbytes,
         "fingerprint": subject.fingerprint,
-        "warnings": subject.warnings,
+        "warnings": warnings,
         "history": [step["operations"] for step in history],
     }
     if source is not None:
@@ -46,10 +49,30 @@ def verify(name: str, source: str | None = None, progress: Progress = SILENT, *,
         report |= _against_source(subject, open_subject(source), history, progress)
     refuse_inconsistent(subject, history)
     if full:
+        not_finite: dict[str, int] = {}
         with progress.task("hashing", subject.checkpoint.nbytes, "bytes") as advance:
-            hashes = hashes_of(subject.checkpoint, advance)
+            hashes = hashes_of(subject.checkpoint, advance, not_finite)
+        _refuse_not_finite(name, not_finite)
         report |= {"hashes_compared": refuse_other_hashes(subject, history, hashes), "hashes": hashes}
     return report
+
+
+def _refuse_not_finite(name: str, counts: Mapping[str, int]) -> None:
+    if counts:
+        first, count = next(iter(counts.items()))
+        more = f" (and so do {len(counts) - 1} tensors more)" if len(counts) > 1 else ""
+        raise OutputError(
+            f"{name} does not verify: {first} holds {count} values that are NaN or infinite{more}; make it again"
+        )
+
+
+def _unchecked(subject: Subject) -> list[str]:
+    family = subject.anatomy.family
+    if family.parts is not None:
+        return []
+    return [
+        f"{family.title}: what layers hold besides experts is compared across layers only, moesurgeon has no full list"
+    ]
 
 
 def _against_source(subject: Subject, source: Subject, history: Sequence[Step], progress: Progress) -> dict[str, Any]:

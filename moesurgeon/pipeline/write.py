@@ -50,6 +50,8 @@ def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progres
         "plan": plan.summary(),
         "left_out": list(subject.beside.left_out),
     }
+    for warning in subject.warnings:  # copied as they are
+        progress.note(f"note: {warning}")
     if subject.beside.left_out:
         progress.note(f"note: the output does not carry along {few(subject.beside.left_out)}")
     if not writing.dry_run:

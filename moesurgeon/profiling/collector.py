@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.finite import NotFinite
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.observe import Observation, replays
 from moesurgeon.engine.routing import Routing, routing_of, selection_bias
@@ -178,10 +179,7 @@ class Collector:
 
     def _check(self, block: MoeBlock, seen: Observation) -> None:
         if not seen.output.isfinite().all():
-            raise CheckpointError(
-                f"layer {block.layer}: the experts' output is not finite: the weights hold NaN or infinities, "
-                "or overflow in this --dtype; try float32"
-            )
+            raise NotFinite(f"layer {block.layer}: the experts' output is not finite")  # the walk says why
         if not replays(block, some_of(seen)):
             raise OutputError(
                 f"layer {block.layer}: replaying the recorded routing does not reproduce the block's output; "

@@ -10,12 +10,22 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from moesurgeon.surgery.anatomy import Anatomy
 
 # The spellings of quantisation scales; other tensors may be called scale and be weights.
 _SCALES = re.compile(r"(weight_scale(_inv)?|_proj_scale(_inv)?|_scales|\.scale|\.qscale_\w+|(input|activation)_scale)$")
+# What quantisers store beside packed weights: zero points, group numbers, shapes, tables.
+_BESIDE = re.compile(
+    r"\.(qzeros|scales|g_idx|weight_(shape|zero_point|g_idx|global_scale|scale_2)|input_global_scale|SCB|weight_format|"
+    r"(weight\.)?(nested_)?(absmax|quant_map)|weight\.quant_state\..+)$"
+)
+# Names of integers that hold several weights each.
+_WORDS = (".qweight", ".weight_packed")
+_WORD_BITS = {"I32": 32, "I16": 16, "U8": 8, "I8": 8, "I64": 64}
 # What two weights of four bits are stored as.
 _BYTES = ("I8", "U8")
 
@@ -99,13 +109,50 @@ def _routed(anatomy: Anatomy, layers: tuple[int, ...], *, biases: bool = True) -
 
 
 def _weights(anatomy: Anatomy, name: str) -> int:
-    """Number of weights in a tensor; 0 for scales, two per byte in FP4 (MXFP4 blocks, DeepSeek-V4's experts)."""
+    """Number of weights in a tensor; 0 for what quantisers store beside them, several for each element of packed ones.
+
+    Packed are two in a byte in FP4 (MXFP4 blocks, DeepSeek-V4's experts, NVFP4, NF4), and as many in an integer as the
+    quantiser's bits allow in GPTQ, AWQ and compressed-tensors.
+    """
     spec, role = anatomy.tensors[name], anatomy.roles[name]
     count = math.prod(spec.shape)
+    if _BESIDE.search(name):
+        return 0
     if not name.endswith(".weight") and _SCALES.search(name):
         # What is only called scale, and belongs to no quantised weight, is a weight itself.
         belongs = not name.endswith(".scale") or f"{name.removesuffix('scale')}weight" in anatomy.tensors
         if belongs:
             return 0
+    if name.endswith(_WORDS) and spec.dtype in _WORD_BITS:
+        bits = quantised_bits(anatomy.config)
+        return count * _WORD_BITS[spec.dtype] // bits if bits else count
     halved = role.kind == "expert" and spec.dtype in _BYTES and 2 * count == anatomy.hidden * anatomy.expert_width
-    return count * (2 if halved or name.endswith("_blocks") else 1)
+    nibbles = spec.dtype == "U8" and name.endswith(".weight") and quantised_bits(anatomy.config) == 4
+    return count * (2 if halved or nibbles or name.endswith("_blocks") else 1)
+
+
+def quantised_bits(config: Mapping[str, Any]) -> int | None:
+    """Return how many bits config.json says that a quantised weight has; None where it does not say.
+
+    >>> quantised_bits({"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    4
+    """
+    said = config.get("quantization_config")
+    if not isinstance(said, Mapping):
+        return None
+    groups = said.get("config_groups")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+    named = [
+        said.get("bits"),
+        said.get("w_bit"),
+        *(each.get("num_bits") for each in weights if isinstance(each, Mapping)),
+    ]
+    bits = [each for each in named if type(each) is int and 0 < each <= 32]
+    if bits:
+        return bits[0]
+    four = (
+        said.get("load_in_4bit")
+        or said.get("_load_in_4bit")
+        or "fp4" in str([said.get("quant_method"), said.get("quant_algo")]).lower()
+    )
+    return 4 if four else None

@@ -11,9 +11,7 @@ from typing import Any
 
 from moesurgeon.families.keys import count_of
 from moesurgeon.surgery.anatomy import Anatomy
-
-# Several weights in one element: shapes are not those of the config.
-_PACKED = ("U8", "I8", "I32", "F4")
+from moesurgeon.surgery.expected import PACKED, differing_tensors
 
 
 def problems_of(anatomy: Anatomy) -> list[str]:
@@ -23,8 +21,9 @@ def problems_of(anatomy: Anatomy) -> list[str]:
         *_of_experts(anatomy),
         *_of_rows(anatomy),
         *_of_routing(anatomy),
-        *_gaps(anatomy),
+        *(_gaps(anatomy) if anatomy.family.parts is None else ()),
         *_of_ends(anatomy),
+        *differing_tensors(anatomy),
     ]
 
 
@@ -85,7 +84,7 @@ def _of_fused_shape(anatomy: Anatomy, name: str, projection: str, suffix: str) -
             yield f"{name} has shape {list(shape)}, config.json makes it {[anatomy.experts * rows, anatomy.hidden]}"
             return
         yield f"{name} holds {shape[0] if shape else 0} experts, config.json counts {anatomy.experts}"
-    elif suffix in ("", ".weight") and anatomy.tensors[name].dtype not in _PACKED:
+    elif suffix in ("", ".weight") and anatomy.tensors[name].dtype not in PACKED:
         wide, high = anatomy.expert_width, anatomy.hidden
         expected = (high, wide) if projection == "down" else (2 * wide, high)
         if anatomy.layout.transposed:
@@ -98,7 +97,7 @@ def _of_fused_shape(anatomy: Anatomy, name: str, projection: str, suffix: str) -
 
 
 def _of_expert_shape(anatomy: Anatomy, name: str, projection: str, suffix: str) -> Iterator[str]:
-    if suffix != ".weight" or anatomy.tensors[name].dtype in _PACKED:
+    if suffix != ".weight" or anatomy.tensors[name].dtype in PACKED:
         return  # scales have their own shapes, packed weights too
     wide, high = anatomy.expert_width, anatomy.hidden
     expected = (high, wide) if projection == "down" else (wide, high)

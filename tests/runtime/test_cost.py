@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.runtime.cost import count_flops, count_parameters
-from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.surgery.anatomy import Anatomy, examine
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
@@ -157,3 +158,54 @@ def test_the_report_adds_up(tiny: Subject) -> None:
     report = json.loads(json.dumps(count_flops(tiny.anatomy).as_dict()))
     assert report.pop("total") == sum(report.values())
     assert all(value > 0 for part, value in report.items() if part not in ("shared_experts", "dense_mlp"))
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "stored"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4},
+            {
+                "qweight": ("I32", (8, 4)), "qzeros": ("I32", (1, 4)), "scales": ("F16", (1, 32)),
+                "g_idx": ("I32", (64,)),
+            },
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 8}}}},
+            {
+                "weight_packed": ("I32", (32, 16)), "weight_scale": ("BF16", (32, 1)), "weight_shape": ("I64", (2,)),
+            },
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            {
+                "weight": ("U8", (1024, 1)), "weight.absmax": ("F32", (32,)), "weight.quant_map": ("F32", (16,)),
+                "weight.quant_state.bitsandbytes__nf4": ("U8", (90,)),
+            },
+        ),
+    ],
+    ids=["gptq", "compressed-tensors", "nf4"],
+)  # fmt: skip
+def test_packed_weights_are_counted_by_their_bits(
+    tmp_path: Path, quantisation: dict[str, Any], stored: dict[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    """As many in an element as its bits hold, and nothing of what lies beside them."""
+    plain = open_subject(str(save_checkpoint(tmp_path / "plain", "qwen3_moe"))).anatomy
+    tensors: dict[str, TensorSpec] = {}
+    for name, spec in plain.tensors.items():
+        if ".experts." not in name:
+            tensors[name] = spec
+            continue
+        module = name.removesuffix("weight")
+        tensors |= {module + part: TensorSpec(module + part, *how) for part, how in stored.items()}
+    anatomy = examine({**plain.config, "quantization_config": quantisation}, tensors)
+    experts = count_parameters(anatomy).experts
+    assert experts == _words(stored) * 3 * 8 * 4
+    assert count_parameters(anatomy).total - experts == count_parameters(plain).total - count_parameters(plain).experts
+
+
+def _words(stored: dict[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Return how many weights the packed tensor of ``stored`` holds: 8 or 4 in 32 bits, 2 in a byte."""
+    if "qweight" in stored:
+        return 8 * 4 * 8
+    return 32 * 16 * 4 if "weight_packed" in stored else 1024 * 2

@@ -1,0 +1,46 @@
+"""Hidden states that are no numbers any more: stopped where they come up, with the tensors that are to blame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from moesurgeon.engine.destinations import Piece
+from moesurgeon.errors import CheckpointError
+
+_OVERFLOW = "its weights are finite, so what it computes overflows in this --dtype; try float32"
+
+
+class NotFinite(CheckpointError):
+    """Raised by who looks at a block and does not know which tensor is to blame; the walk says that."""
+
+
+def error_after(
+    where: str, tensors: Mapping[str, torch.Tensor], pieces: Mapping[str, tuple[Piece, ...]]
+) -> CheckpointError:
+    """Return what to raise for hidden states that are not finite after ``where``, which computed with ``tensors``.
+
+    ``pieces``: which stored tensors each was put together from.
+    """
+    names = culprits(tensors, pieces)
+    if not names:
+        return CheckpointError(f"{where}: hidden states are not finite; {_OVERFLOW}")
+    more = f" and {len(names) - 3} tensors more" if len(names) > 3 else ""
+    hold = "holds" if len(names) == 1 else "hold"
+    return CheckpointError(
+        f"{where}: hidden states are not finite, since {', '.join(names[:3])}{more} {hold} NaN or infinities; restore "
+        "the checkpoint"
+    )
+
+
+def culprits(tensors: Mapping[str, torch.Tensor], pieces: Mapping[str, tuple[Piece, ...]]) -> list[str]:
+    """Return the stored names of those ``tensors`` that hold a value that is not finite."""
+    found = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+            continue
+        parts = pieces.get(name, ())
+        named = [piece.source for piece in parts if not bool(piece.view(tensor).isfinite().all())]
+        found += named or [name]
+    return sorted(found)
