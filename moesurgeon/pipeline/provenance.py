@@ -11,7 +11,10 @@ from typing import Any
 
 from moesurgeon.checkpoint.open import PROVENANCE_NAME, read_json_file
 from moesurgeon.errors import CheckpointError, OutputError
+from moesurgeon.families.keys import MAX_COUNT
 from moesurgeon.pipeline.subject import Subject
+from moesurgeon.surgery.expert_rules import still_numbered
+from moesurgeon.surgery.numbering import new_numbers
 
 Step = Mapping[str, Any]
 
@@ -64,9 +67,24 @@ def refuse_inconsistent(subject: Subject, history: Sequence[Step]) -> None:
                     f"{subject.name} does not verify: {name} has shape {list(subject.anatomy.tensors[name].shape)}, so "
                     f"it may still count the {count} experts of before; prune the source again"
                 )
+    _refuse_renumbered(subject, operations)
     result = history[-1].get("result", {}) if history else {}
     if result.get("fingerprint") not in (None, subject.fingerprint):
         raise OutputError(f"{subject.name} does not verify: {_what_changed(subject, result)}")
+
+
+def _refuse_renumbered(subject: Subject, operations: Sequence[Mapping[str, Any]]) -> None:
+    """Raise OutputError where rules that name experts still count them as before ``operations``."""
+    prunes = [operation.get("experts") for operation in operations if operation.get("operation") == "prune"]
+    before = prunes[0].get("before") if prunes and isinstance(prunes[0], dict) else None
+    if type(before) is not int or not 0 < before <= MAX_COUNT:
+        return
+    try:
+        numbers = new_numbers(operations, subject.anatomy.routed_layers, before)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{PROVENANCE_NAME} has a map of experts that is none; it was changed by hand") from error
+    if numbers is not None and (line := still_numbered(subject.anatomy, before, numbers, subject.root)):
+        raise OutputError(f"{subject.name} does not verify: {line}; prune the source again")
 
 
 def _what_changed(subject: Subject, result: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.errors import NothingToDo
 from moesurgeon.pipeline.choice import Choice, choose, plan_chosen
+from moesurgeon.pipeline.keep_file import read_kept
 from moesurgeon.pipeline.options import Running, Writing
 from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.subject import Subject, open_subject
@@ -16,6 +17,7 @@ from moesurgeon.pipeline.write import finish_healed, refuse_layout, refuse_outpu
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.surgery.expert_rules import refuse_renumbered, refuse_told_apart
 from moesurgeon.surgery.prune import with_mtp_layers
 
 _VIRTUAL = (
@@ -39,6 +41,7 @@ def prune(
     """
     subject = open_subject(source)
     anatomy = subject.anatomy
+    _refuse_rules(subject, spec)
     if spec.is_staged:
         from moesurgeon.pipeline.stages import prune_in_stages  # runs the model
 
@@ -54,6 +57,18 @@ def prune(
         if warning not in said:
             progress.note(f"note: {warning}")
     return report
+
+
+def _refuse_rules(subject: Subject, spec: PruneSpec) -> None:
+    """Refuse now what would be refused after the work: rules that name experts by number, where they get others."""
+    if spec.virtual or (spec.keep_experts is None and spec.heal is None):
+        return  # nothing is renumbered, or there is no work before the choice
+    if spec.keep_experts is None:
+        refuse_told_apart(subject.anatomy, subject.root)
+        return
+    kept = with_mtp_layers(subject.anatomy, read_kept(spec.keep_experts))
+    numbers = {layer: {old: new for new, old in enumerate(experts)} for layer, experts in kept.items()}
+    refuse_renumbered(subject.anatomy, numbers, subject.root)
 
 
 def _at_once(

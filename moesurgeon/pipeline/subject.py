@@ -16,6 +16,7 @@ from moesurgeon.errors import CheckpointError
 from moesurgeon.surgery.anatomy import Anatomy, examine
 from moesurgeon.surgery.claims import broken_claims
 from moesurgeon.surgery.completeness import problems_of
+from moesurgeon.surgery.expert_rules import not_pruned
 from moesurgeon.surgery.routers import odd_routers
 
 # Where ModelOpt, AutoGPTQ and AutoAWQ say how weights are quantised.
@@ -57,6 +58,7 @@ class Subject:
             *_other_size(self.checkpoint),
             *broken_claims(self.anatomy, quantised_elsewhere=elsewhere),
             *_other_head(self),
+            *not_pruned(self.anatomy, self.root),
         ]
 
     @cached_property

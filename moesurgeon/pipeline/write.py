@@ -12,7 +12,9 @@ from moesurgeon.pipeline.options import HealSpec, Running, Writing
 from moesurgeon.pipeline.subject import Subject, few
 from moesurgeon.progress import Progress
 from moesurgeon.surgery.apply import apply
+from moesurgeon.surgery.expert_rules import refuse_renumbered
 from moesurgeon.surgery.layouts import plan_layout
+from moesurgeon.surgery.numbering import new_numbers
 from moesurgeon.surgery.plan import EditPlan, compose
 
 if TYPE_CHECKING:  # imported where it is used: it needs torch
@@ -39,6 +41,9 @@ def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progres
         plan = compose(plan, plan_layout(plan.result(subject.anatomy), writing.layout))
     if plan.changes_nothing and not writing.allow_noop:
         raise NothingToDo(f"nothing to do: the result would be {subject.name} itself; --allow-noop copies it anyway")
+    numbers = new_numbers(plan.record, subject.anatomy.routed_layers, subject.anatomy.experts)
+    if numbers is not None:
+        refuse_renumbered(subject.anatomy, numbers, subject.root)
     if writing.dry_run:  # else asked by the writer
         plan.check(subject.checkpoint.tensors)
     report: dict[str, Any] = {

@@ -13,13 +13,16 @@ from functools import partial
 from moesurgeon.checkpoint.header import TensorSpec
 from moesurgeon.errors import UsageError
 from moesurgeon.families import Layout
-from moesurgeon.families.keys import REMOVED
+from moesurgeon.families.keys import REMOVED, value_at
 from moesurgeon.families.remap import REMAPS, Remap
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.edits import Output
 from moesurgeon.surgery.exact import doubled
 from moesurgeon.surgery.plan import EditPlan, compose, identity
+
+# Where a quantiser says which modules it quantised.
+_RULES = ("quantization_config", "compression_config", "text_config.quantization_config")
 
 LAYOUTS = ("per-expert", "fused", *(remap.layout for remap in REMAPS))
 
@@ -45,7 +48,7 @@ def plan_layout(source: Anatomy, layout: str) -> EditPlan:
 
 
 def refuse_unmovable(source: Anatomy) -> None:
-    """Raise UsageError where experts or router have parts that another layout has no name for."""
+    """Raise UsageError where experts or router have parts, or the config rules, that another layout has no name for."""
     for name, role in source.of_kind("expert", "fused", "beside"):
         if role.suffix not in ("", ".weight"):
             what = "experts" if role.projection else "routers"
@@ -55,6 +58,12 @@ def refuse_unmovable(source: Anatomy) -> None:
             f"{name} is of a mixture, and no {source.family.title} checkpoint has it: another layout has no name for "
             "it; leave out --layout"
         )
+    for key in _RULES:
+        if value_at(source.config, key) is not None:
+            raise UsageError(
+                f"{key} in config.json names modules by the names that they have now, and another layout has others; "
+                "leave out --layout"
+            )
 
 
 def _moved(source: Anatomy, target: Layout) -> Iterator[Output]:

@@ -22,3 +22,17 @@ def source_experts(record: Iterable[Mapping[str, Any]], layer: int, experts: int
             by_place = {new: numbers[int(old)] for old, new in places.items()}
             numbers = tuple(by_place[place] for place in range(len(by_place)))
     return numbers
+
+
+def new_numbers(
+    record: Iterable[Mapping[str, Any]], layers: Iterable[int], experts: int
+) -> dict[int, dict[int, int]] | None:
+    """Return by layer which number the experts that are left of ``experts`` have; None where none were renumbered.
+
+    >>> new_numbers([{"expert_map": {"3": {"0": 0, "2": 1}}}], [3], 4)
+    {3: {0: 0, 2: 1}}
+    """
+    operations = list(record)
+    if not any("expert_map" in operation for operation in operations):
+        return None
+    return {layer: {old: new for new, old in enumerate(source_experts(operations, layer, experts))} for layer in layers}

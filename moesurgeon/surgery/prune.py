@@ -9,6 +9,7 @@ from moesurgeon.families.keys import is_present
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.edits import Output
+from moesurgeon.surgery.expert_rules import refuse_renumbered
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.tables import without_experts
 
@@ -23,13 +24,14 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
     for the whole model. Layers for multi-token prediction that ``kept`` leaves out follow the last
     layer. Where a layer chooses by a table from token to experts (DeepSeek-V4), the entries of those that
     go are given to the others. Raises UsageError if the result could not run, CheckpointError where something
-    may count experts and nobody knows.
+    may count experts and nobody knows, or where rules in the config name other experts afterwards.
     """
     kept = with_mtp_layers(source, kept)
     count = check_kept(source, kept)
+    numbers = {layer: {old: new for new, old in enumerate(experts)} for layer, experts in kept.items()}
     if count < source.experts:
         refuse_unclear(source)
-    numbers = {layer: {old: new for new, old in enumerate(experts)} for layer, experts in kept.items()}
+        refuse_renumbered(source, numbers)
     outputs: dict[str, Output] = {}
     dropped: dict[str, str] = {}
     tables: list[str] = []
