@@ -8,7 +8,6 @@ from moesurgeon.checkpoint.header import StoredTensor
 from moesurgeon.checkpoint.reader import ShardReader
 
 if TYPE_CHECKING:  # imported where it is used: headers need none of it
-    import numpy as np
     from numpy.typing import NDArray
 
 # By dtype: what the bytes are viewed as, and the bits that are all set in NaN and infinity.
@@ -40,8 +39,8 @@ def count_not_finite(dtype: str, raw: bytes) -> int:
     return int(((bits & wanted) == wanted).sum())
 
 
-def floats_of(reader: ShardReader, tensor: StoredTensor) -> NDArray[np.float64] | None:
-    """Return all values of a small ``tensor``; None for dtypes that are not plain floats."""
+def floats_of(reader: ShardReader, tensor: StoredTensor) -> NDArray[Any] | None:
+    """Return all values of a small ``tensor`` in float32 or more; None for dtypes that are not plain floats."""
     import numpy as np
 
     raw = reader.read(tensor)
@@ -53,4 +52,5 @@ def floats_of(reader: ShardReader, tensor: StoredTensor) -> NDArray[np.float64] 
             values = np.frombuffer(raw, dtype={"F16": "<f2", "F32": "<f4", "F64": "<f8"}[tensor.dtype])
         case _:
             return None
-    return values.astype(np.float64).reshape(tensor.shape)
+    exact = np.float64 if tensor.dtype == "F64" else np.float32
+    return values.astype(exact).reshape(tensor.shape)

@@ -10,7 +10,7 @@ NAME = "inspect"
 
 
 def command(checkpoint: options.Source, json: options.Json = False) -> None:
-    """Show what a checkpoint is: family, experts, parameters, FLOPs, problems. Reads headers only."""
+    """Show what a checkpoint is: family, experts, parameters, FLOPs, problems. Reads headers and routers only."""
 
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.inspect import inspect

@@ -6,7 +6,7 @@ Routers are the only tensors that are small enough to be read by whoever only lo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moesurgeon.checkpoint.open import Checkpoint
 from moesurgeon.checkpoint.reader import ShardReader
@@ -39,7 +39,7 @@ def odd_routers(anatomy: Anatomy, checkpoint: Checkpoint) -> Iterator[str]:
                 yield from _of_matrix(name, rows) if is_matrix else _of_bias(name, rows)
 
 
-def _of_numbers(name: str, rows: NDArray[np.float64]) -> Iterator[str]:
+def _of_numbers(name: str, rows: NDArray[Any]) -> Iterator[str]:
     import numpy as np
 
     broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
@@ -47,7 +47,7 @@ def _of_numbers(name: str, rows: NDArray[np.float64]) -> Iterator[str]:
         yield f"{name} holds NaN or infinities ({_experts(broken)}): what it routes is no choice; restore it"
 
 
-def _of_matrix(name: str, rows: NDArray[np.float64]) -> Iterator[str]:
+def _of_matrix(name: str, rows: NDArray[Any]) -> Iterator[str]:
     import numpy as np
 
     norms = np.linalg.norm(np.where(np.isfinite(rows), rows, 0.0), axis=1)
@@ -66,7 +66,7 @@ def _of_matrix(name: str, rows: NDArray[np.float64]) -> Iterator[str]:
         yield f"{name}: the rows of {_experts(numbers)} are copies of others: these experts tie on every token"
 
 
-def _of_bias(name: str, rows: NDArray[np.float64]) -> Iterator[str]:
+def _of_bias(name: str, rows: NDArray[Any]) -> Iterator[str]:
     import numpy as np
 
     off = np.flatnonzero(np.isfinite(rows).all(axis=1) & (np.abs(rows).max(axis=1) > _BIAS))
@@ -77,7 +77,7 @@ def _of_bias(name: str, rows: NDArray[np.float64]) -> Iterator[str]:
         )
 
 
-def _alike(rows: NDArray[np.float64]) -> list[int]:
+def _alike(rows: NDArray[Any]) -> list[int]:
     """Return the numbers of rows that equal an earlier one."""
     seen: set[bytes] = set()
     found = []

@@ -96,3 +96,16 @@ def test_a_head_that_is_tied_and_stored_otherwise_is_named(tmp_path: Path) -> No
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
     (problem,) = inspect(str(folder))["problems"]
     assert "another lm_head.weight is stored" in problem
+
+
+def test_what_a_write_leaves_out_is_reported(tmp_path: Path) -> None:
+    folder = whole(tmp_path / "much")
+    (folder / "original").mkdir()
+    for name in ("params.json", "pytorch_model.bin"):
+        (folder / name).write_text("{}")
+    left_out = ["original/", "params.json", "pytorch_model.bin"]
+    assert inspect(str(folder))["left_out"] == left_out
+    for dry_run in (True, False):
+        report = retop(str(folder), RetopSpec(top_k=1), Writing(output=tmp_path / "out", dry_run=dry_run))
+        assert report["left_out"] == left_out
+    assert not {path.name for path in (tmp_path / "out").iterdir()} & {"original", "params.json", "pytorch_model.bin"}
