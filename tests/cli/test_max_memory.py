@@ -82,7 +82,7 @@ def test_weights_that_are_no_numbers_are_found_on_the_way(command: str, out: Pat
     tensors[name][:] = float("nan")
     save_file(tensors, source / SHARD, {"format": "pt"})
     arguments = [source if part == MIXTRAL else part for part in COMMANDS[command](out)]
-    refused(INPUT, *arguments, *TEXT, says=("NaN", "try float32"))
+    refused(INPUT, *arguments, *TEXT, says=(f"since {name} holds NaN", "restore the checkpoint"))
 
 
 @pytest.mark.usefixtures("streamed")
