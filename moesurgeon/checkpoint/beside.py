@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesurgeon.checkpoint.auxiliary import left_out
-from moesurgeon.checkpoint.header import parse_json
-from moesurgeon.checkpoint.open import ADAPTER_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint
+from moesurgeon.checkpoint.open import ADAPTER_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, read_json_file
 from moesurgeon.errors import CheckpointError
 
 # torch's own names of what weights are loaded in.
@@ -88,11 +87,10 @@ def _other_config(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _generation(root: Path) -> Iterator[str]:
-    path = root / GENERATION_NAME
-    if not path.is_file():
+    if not (root / GENERATION_NAME).is_file():
         return
     try:
-        parse_json(path.read_bytes(), GENERATION_NAME)
+        read_json_file(root, GENERATION_NAME)
     except CheckpointError as error:
         yield f"{error}, or delete it: defaults are taken then"
 
@@ -106,7 +104,12 @@ def _other_shards(checkpoint: Checkpoint) -> Iterator[str]:
             f"{_few(read_as_parts)} beside the weights and no part of them: llama.cpp's converter takes every "
             "model*.safetensors, and vLLM every *.safetensors where there is no index; move them away"
         )
-    elif others and not checkpoint.is_sharded:
+    if predicting := [name for name in others if name.startswith("mtp") and checkpoint.is_sharded]:
+        yield (
+            f"{_few(predicting)} beside the shards and no part of the index: SGLang adds it to them, and no edit "
+            "changes or copies it"
+        )
+    if others and not read_as_parts and not checkpoint.is_sharded:
         yield (
             f"{_few(others)} beside {SINGLE_NAME} and no part of it: vLLM and SGLang take every *.safetensors where "
             "there is no index; move them away"

@@ -17,15 +17,18 @@ class NotFinite(CheckpointError):
 
 
 def error_after(
-    where: str, tensors: Mapping[str, torch.Tensor], pieces: Mapping[str, tuple[Piece, ...]]
+    where: str,
+    tensors: Mapping[str, torch.Tensor],
+    pieces: Mapping[str, tuple[Piece, ...]],
+    otherwise: NotFinite | None = None,
 ) -> CheckpointError:
     """Return what to raise for hidden states that are not finite after ``where``, which computed with ``tensors``.
 
-    ``pieces``: which stored tensors each was put together from.
+    ``pieces``: which stored tensors each was put together from. ``otherwise``: for tensors that are all finite.
     """
     names = culprits(tensors, pieces)
     if not names:
-        return CheckpointError(f"{where}: hidden states are not finite; {_OVERFLOW}")
+        return otherwise or CheckpointError(f"{where}: hidden states are not finite; {_OVERFLOW}")
     more = f" and {len(names) - 3} tensors more" if len(names) > 3 else ""
     hold = "holds" if len(names) == 1 else "hold"
     return CheckpointError(

@@ -62,7 +62,7 @@ class Layer:
             else:
                 output = call()
         except NotFinite as error:
-            raise self._not_finite(stream) from error
+            raise self._not_finite(stream, error) from error
         if states.device.type != "cpu":
             torch.accelerator.synchronize(states.device)
         self.walk.seconds[stream][batch] += time.perf_counter() - started
@@ -70,10 +70,10 @@ class Layer:
             raise self._not_finite(stream)
         return output
 
-    def _not_finite(self, stream: Stream) -> CheckpointError:
+    def _not_finite(self, stream: Stream, otherwise: NotFinite | None = None) -> CheckpointError:
         prefix = stream.skeleton.layer_prefix.replace("{layer}", str(self.number))
         tensors = {f"{prefix}.{name}": one for name, one in stream.skeleton.layer(self.number).named_parameters()}
-        return error_after(f"layer {self.number}", tensors, stream.pieces)
+        return error_after(f"layer {self.number}", tensors, stream.pieces, otherwise)
 
     def on(self, stream: Stream, batch: int, states: torch.Tensor) -> torch.Tensor:
         """Return what the layer makes of ``states`` [B, T, H] in place of the batch's own; under gradients if asked."""

@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.finite import NotFinite
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.observe import Observation, Visitor, expert_outputs
 from moesurgeon.engine.ranks import Array, Ranks
 from moesurgeon.engine.routing import Routing, routing_of, selection_bias
-from moesurgeon.errors import CheckpointError, OutputError, UsageError
+from moesurgeon.errors import OutputError, UsageError
 from moesurgeon.profiling.documents import Documents
 from moesurgeon.profiling.inner import InnerWriter, Shape
 from moesurgeon.profiling.sample import Rows, sampled_rows
@@ -148,7 +149,7 @@ class AllExperts:
                 parts.append(likeliest[place].double())
             found[place] = torch.cat([part.flatten(1) for part in parts], dim=1).float().cpu().numpy()
         if not np.isfinite(found).all():
-            raise CheckpointError(
+            raise NotFinite(
                 f"layer {block.layer}: an expert that was run on tokens of others gives no number, or one too large; "
                 "try --dtype float32, or leave --inner out"
             )

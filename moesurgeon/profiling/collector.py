@@ -179,7 +179,7 @@ class Collector:
 
     def _check(self, block: MoeBlock, seen: Observation) -> None:
         if not seen.output.isfinite().all():
-            raise NotFinite(f"layer {block.layer}: the experts' output is not finite")  # the walk says why
+            raise NotFinite(f"layer {block.layer}: the experts' output is not finite in this --dtype; try float32")
         if not replays(block, some_of(seen)):
             raise OutputError(
                 f"layer {block.layer}: replaying the recorded routing does not reproduce the block's output; "

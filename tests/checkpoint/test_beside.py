@@ -65,6 +65,7 @@ def test_an_index_of_the_single_file_alone_redirects_nobody(tmp_path: Path) -> N
     [
         ("model.fp16.safetensors", True, True),
         ("model-00001-of-00009.safetensors", True, True),
+        ("mtp.safetensors", True, True),
         ("consolidated.safetensors", True, False),  # everybody goes by the index
         ("consolidated.safetensors", False, True),
     ],
@@ -129,6 +130,7 @@ def test_all_missing_shards_are_named_and_those_that_are_there(tmp_path: Path) -
     folder = save_shards(tmp_path / "checkpoint", [{name: tensors[name]} for name in ("t0", "t1", "t2")])
     for number in (1, 3):
         (folder / f"model-0000{number}-of-00003.safetensors").unlink()
+    (folder / "model-00003-of-00003.safetensors").symlink_to(tmp_path / "a blob that is not there")
     says = "model-00001-of-00003.safetensors, model-00003-of-00003.safetensors are missing from .*"
     with pytest.raises(CheckpointError, match=says + r"1 of 3 shards \(model-00002-of-00003.safetensors\)"):
         open_checkpoint(folder)

@@ -162,6 +162,18 @@ def test_the_head_and_the_embedding_are_named_as_well(tmp_path: Path) -> None:
         refused(3, "evaluate", folder, "-t", "builtin:json", "--max-tokens", "512", says=(says,))
 
 
+def test_an_expert_that_hardly_a_token_goes_to_is_found_where_all_are_run(tmp_path: Path) -> None:
+    folder, name = whole(tmp_path / "nan"), "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+    size = open_checkpoint(folder).tensors[name].nbytes
+    _poke(folder, name, {0: b"\xc0\x7f" * (size // 2)})
+    router = name.replace("experts.3.w2", "gate")
+    shape = open_checkpoint(folder).tensors[router].shape
+    # A row of zeros: hardly a token goes there by itself.
+    _poke(folder, router, {3 * shape[1] * 2: bytes(2 * shape[1])})
+    extra = ["-o", tmp_path / "profile", "--inner", "256", "-t", "builtin:json", "--max-tokens", "512"]
+    _refused_saying("profile", folder, extra, ("layer 2", name, "NaN"), f"note: {router}: the rows of expert 3")
+
+
 def test_prune_names_what_it_copies(tmp_path: Path, tiny_mixtral: Subject) -> None:
     folder = whole(tmp_path / "odd")
     _poke(folder, ROUTER, _row(folder, 3, float("nan")))
