@@ -5,13 +5,18 @@ dtype; V1 and V2 use raw probabilities, V3 sigmoid scores with a selection bias 
 """
 
 from moesurgeon.families.description import Family
-from moesurgeon.families.parts import DENSE_MLP, HEAD_DIM, LLAMA_NORMS, attention, latent_attention, mlp
+from moesurgeon.families.parts import DENSE_MLP, HEAD_DIM, LLAMA_NORMS, attention, latent_attention, mlp, mlp_biases
 from moesurgeon.families.rules import Groups, MoeLayers, RouterRule
 from moesurgeon.families.stored import both_layouts
 
 _ROWS = {"{block}.gate.weight": 0, "{block}.gate.e_score_correction_bias": 0}
 
-_SHARED = mlp("{block}.shared_experts", "n_shared_experts * moe_intermediate_size", on="moe", when="n_shared_experts")
+_SHARED_WIDTH = "n_shared_experts * moe_intermediate_size"
+_SHARED = mlp("{block}.shared_experts", _SHARED_WIDTH, on="moe", when="n_shared_experts")
+_BIASES = (
+    mlp_biases("{block}", "intermediate_size", on="dense", when="mlp_bias"),
+    mlp_biases("{block}.shared_experts", _SHARED_WIDTH, on="moe", when="n_shared_experts, mlp_bias"),
+)
 _LATENT = (LLAMA_NORMS, *latent_attention(), DENSE_MLP, _SHARED)
 
 _LAYOUTS = both_layouts(_ROWS, shared="{block}.shared_experts.")
@@ -24,7 +29,7 @@ DEEPSEEK_V1 = Family(
     shared_key="n_shared_experts",
     expert_width_key="moe_intermediate_size",
     moe_layers=MoeLayers(first_dense_key="first_k_dense_replace", frequency_key="moe_layer_freq"),
-    parts=(LLAMA_NORMS, *attention(bias="attention_bias"), DENSE_MLP, _SHARED),
+    parts=(LLAMA_NORMS, *attention(bias="attention_bias"), DENSE_MLP, _SHARED, _BIASES[0]),
     size_defaults=HEAD_DIM,
     router=RouterRule(scoring="softmax", renormalise="norm_topk_prob", single_is_raw=True),
     layouts=_LAYOUTS,
@@ -38,7 +43,7 @@ DEEPSEEK_V2 = Family(
     shared_key="n_shared_experts",
     expert_width_key="moe_intermediate_size",
     moe_layers=MoeLayers(first_dense_key="first_k_dense_replace"),
-    parts=_LATENT,
+    parts=(*_LATENT, *_BIASES),
     size_defaults={"q_lora_rank": 1536},
     # moe_layer_freq is in the hub's configs; native V2 does not read it (it is 1 in all of them).
     router=RouterRule(

@@ -1,9 +1,11 @@
 """ERNIE 4.5: softmax scores, chosen with a bias of shape [1, E], always renormalised."""
 
 from moesurgeon.families.description import Family
-from moesurgeon.families.parts import DENSE_MLP, HEAD_DIM, LLAMA_NORMS, attention, mlp
+from moesurgeon.families.parts import DENSE_MLP, HEAD_DIM, LLAMA_NORMS, Parts, attention, mlp, mlp_biases
 from moesurgeon.families.rules import MoeLayers, RouterRule
 from moesurgeon.families.stored import both_layouts
+
+_SHARED_WIDTH = "moe_num_shared_experts * moe_intermediate_size"
 
 ERNIE4_5_MOE = Family(
     name="ernie4_5_moe",
@@ -30,12 +32,10 @@ ERNIE4_5_MOE = Family(
         LLAMA_NORMS,
         *attention(bias="use_bias"),
         DENSE_MLP,
-        mlp(
-            "{block}.shared_experts",
-            "moe_num_shared_experts * moe_intermediate_size",
-            on="moe",
-            when="moe_num_shared_experts",
-        ),
+        mlp("{block}.shared_experts", _SHARED_WIDTH, on="moe", when="moe_num_shared_experts"),
+        mlp_biases("{block}", "intermediate_size", on="dense", when="use_bias"),
+        mlp_biases("{block}.shared_experts", _SHARED_WIDTH, on="moe", when="moe_num_shared_experts, use_bias"),
+        Parts(names={"lm_head.bias": "vocab_size"}, on="ends", when="use_bias"),
     ),
     size_defaults=HEAD_DIM,
     router=RouterRule(scoring="softmax", renormalise=True, selection_bias=True),

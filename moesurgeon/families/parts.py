@@ -25,7 +25,8 @@ class Parts:
 
     ``on``: all layers, the mixtures ("moe"), the dense ones, those that hold a tensor with the prefix after ``has:``,
     or before and after all layers ("ends", with full names).
-    ``when``: a config key that must be true, or with ``=`` have that value; with ``!`` in front, not so.
+    ``when``: a config key that must be true, or with ``=`` have that value; with ``!`` in front, not so;
+    several, after commas, must all hold.
     """
 
     names: Mapping[str, str]
@@ -34,11 +35,13 @@ class Parts:
 
     def apply(self, config: Mapping[str, Any], defaults: SizeDefaults) -> bool:
         """Tell whether ``config`` asks for these tensors."""
-        if self.when is None:
-            return True
-        key, _, wanted = self.when.removeprefix("!").partition("=")
-        value = value_at(config, key) if is_present(config, key) else defaults.get(key)
-        return (str(value) == wanted if wanted else bool(value)) is not self.when.startswith("!")
+        return all(_is_so(each.strip(), config, defaults) for each in (self.when or "").split(",") if each)
+
+
+def _is_so(condition: str, config: Mapping[str, Any], defaults: SizeDefaults) -> bool:
+    key, _, wanted = condition.removeprefix("!").partition("=")
+    value = value_at(config, key) if is_present(config, key) else defaults.get(key)
+    return (str(value) == wanted if wanted else bool(value)) is not condition.startswith("!")
 
 
 def shape_of(sizes: str, config: Mapping[str, Any], defaults: SizeDefaults) -> tuple[int | None, ...]:
@@ -126,6 +129,7 @@ def latent_attention(*, bias: str = "attention_bias") -> tuple[Parts, ...]:
         Parts(names=low, when="q_lora_rank"),
         Parts(names={"self_attn.q_proj.weight": f"{both}, hidden_size"}, when="!q_lora_rank"),
         Parts(names=biases, when=bias),
+        Parts(names={"self_attn.q_a_proj.bias": "q_lora_rank"}, when=f"q_lora_rank, {bias}"),
     )
 
 
@@ -145,6 +149,12 @@ def mlp(
         on=on,
         when=when,
     )
+
+
+def mlp_biases(prefix: str, wide: str, *, on: str, when: str) -> Parts:
+    """Return the biases of such an MLP."""
+    sizes = {"gate_proj": wide, "up_proj": wide, "down_proj": "hidden_size"}
+    return Parts(names={f"{prefix}.{name}.bias": size for name, size in sizes.items()}, on=on, when=when)
 
 
 def head_norms(queries: str = "q_norm", keys: str = "k_norm", *, on: str = "all", when: str | None = None) -> Parts:

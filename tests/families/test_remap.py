@@ -76,7 +76,8 @@ def test_either_name_of_the_expert_count_will_do(tmp_path: Path) -> None:
     ],
 )
 def test_what_qwen2_moe_cannot_say_is_refused(tmp_path: Path, config: dict[str, Any], says: str) -> None:
-    source = _edited(save_checkpoint(tmp_path, "deepseek"), **config)
+    biased = {key: True for key in config if key.endswith("bias")}  # else it lacks them
+    source = _edited(save_checkpoint(tmp_path, "deepseek", **biased), **config)
     with pytest.raises(UsageError, match=says):
         plan_layout(source.anatomy, "qwen2-moe")
 
