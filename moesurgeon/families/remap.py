@@ -35,10 +35,14 @@ class Remap:
     config: Callable[[Mapping[str, Any]], tuple[dict[str, Any], tuple[str, ...]]]
 
 
+_LEVELS = ("text_config", "llm_config", "language_config")
+
+
 def _qwen2_moe_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     shared = count_of(config, "n_shared_experts", 0)
     for fits, problem in (
         (config.get("scoring_func", "softmax") == "softmax", "its gate is no softmax"),
+        (not any(config.get(key) for key in _LEVELS), "its config has the text model inside another"),
         (not config.get("attention_bias"), "its attention has biases"),
         (not config.get("mlp_bias"), "its MLPs have biases"),
         (

@@ -13,6 +13,7 @@ from moesurgeon.checkpoint.open import PROVENANCE_NAME, read_json_file
 from moesurgeon.errors import CheckpointError, OutputError
 from moesurgeon.families.keys import MAX_COUNT
 from moesurgeon.pipeline.subject import Subject
+from moesurgeon.surgery.counts import expert_counts, top_k_counts
 from moesurgeon.surgery.expert_rules import still_numbered
 from moesurgeon.surgery.numbering import new_numbers
 
@@ -67,6 +68,11 @@ def refuse_inconsistent(subject: Subject, history: Sequence[Step]) -> None:
                     f"{subject.name} does not verify: {name} has shape {list(subject.anatomy.tensors[name].shape)}, so "
                     f"it may still count the {count} experts of before; prune the source again"
                 )
+    if any(operation.get("operation") in ("prune", "retop") for operation in operations):
+        try:
+            expert_counts(subject.anatomy), top_k_counts(subject.anatomy)
+        except CheckpointError as error:
+            raise OutputError(f"{subject.name} does not verify: {error}") from error
     _refuse_renumbered(subject, operations)
     result = history[-1].get("result", {}) if history else {}
     if result.get("fingerprint") not in (None, subject.fingerprint):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moesurgeon.errors import CheckpointError, UsageError
-from moesurgeon.families.keys import is_present
 from moesurgeon.surgery import edits
 from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.surgery.counts import expert_counts
 from moesurgeon.surgery.edits import Output
 from moesurgeon.surgery.expert_rules import refuse_renumbered
 from moesurgeon.surgery.plan import EditPlan
@@ -54,7 +54,6 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
         outputs[output.spec.name] = output
     if count == source.experts:
         return EditPlan({name: edits.copy(spec) for name, spec in source.tensors.items()})
-    present = [key for key in source.family.experts_keys if is_present(source.config, key)]
     record = {
         "operation": "prune",
         "experts": {"before": source.experts, "after": count},
@@ -62,7 +61,7 @@ def plan_prune(source: Anatomy, kept: Kept) -> EditPlan:
     }
     if tables:
         record["tables"] = {"names": tables, "pruned_entries": "given to those with the fewest"}
-    return EditPlan(outputs, dropped, dict.fromkeys(present, count), [record])
+    return EditPlan(outputs, dropped, dict.fromkeys(expert_counts(source), count), [record])
 
 
 def refuse_unclear(source: Anatomy) -> None:

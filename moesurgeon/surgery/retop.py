@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesurgeon.errors import CheckpointError, UsageError
-from moesurgeon.families.keys import is_present, value_at
+from moesurgeon.families.keys import value_at
 from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.surgery.counts import top_k_counts
 from moesurgeon.surgery.plan import EditPlan, identity
 from moesurgeon.surgery.tables import first_columns
 
@@ -48,10 +49,9 @@ def plan_retop(source: Anatomy, spec: RetopSpec) -> EditPlan:
     for name, _role in source.of_kind("table"):
         outputs[name] = first_columns(source.tensors[name], spec.top_k)
     config: dict[str, Any] = {}
-    for key in source.family.top_k_keys:
-        if is_present(source.config, key):
-            value = value_at(source.config, key)
-            per_layer = isinstance(value, list)
-            config[key] = [min(each, spec.top_k) for each in value] if per_layer else spec.top_k
+    for key in top_k_counts(source):
+        value = value_at(source.config, key)
+        per_layer = isinstance(value, list)
+        config[key] = [min(each, spec.top_k) for each in value] if per_layer else spec.top_k
     record = {"operation": "retop", "top_k": {"before": source.top_k, "after": spec.top_k}}
     return EditPlan(outputs, {}, config, [record])

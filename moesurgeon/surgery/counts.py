@@ -1,0 +1,75 @@
+"""Where config.json counts experts: every place that an edit has to write, so that all readers agree.
+
+A count may stand under several names, on two levels (the top and ``text_config``), and in objects of other tools. The
+names are those of all families: runtimes look for them in an order of their own, whatever the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moesurgeon.errors import CheckpointError
+from moesurgeon.families import FAMILIES
+from moesurgeon.families.keys import is_present, value_at
+from moesurgeon.surgery.anatomy import Anatomy
+
+_EXPERTS = frozenset(key.rpartition(".")[2] for family in FAMILIES for key in family.experts_keys)
+_TOP_K = frozenset(key.rpartition(".")[2] for family in FAMILIES for key in family.top_k_keys)
+# Of the model that reads text: said there twice, it has to be said alike.
+_LEVELS = ("", "text_config", "llm_config", "language_config")
+_PER_LAYER = "per_layer_config."
+# Of other models in the same config, which have experts of their own.
+_OTHERS = re.compile(r"vision|visual|image|video|audio|speech|talker|draft|speculat|encoder")
+_DEEPEST = 64
+
+
+def expert_counts(source: Anatomy) -> list[str]:
+    """Return the dotted keys of config.json that hold the number of experts.
+
+    Raises CheckpointError where one of them holds another number.
+    """
+    return _places(source, source.family.experts_keys, _EXPERTS, source.experts)
+
+
+def top_k_counts(source: Anatomy) -> list[str]:
+    """Return the dotted keys of config.json that hold the number of experts per token, or a list of it by layer.
+
+    Raises CheckpointError where one of them holds another number.
+    """
+    return _places(source, source.family.top_k_keys, _TOP_K, source.top_k)
+
+
+def _places(source: Anatomy, own: tuple[str, ...], names: frozenset[str], count: int) -> list[str]:
+    present = [key for key in own if is_present(source.config, key)]
+    lists = [value for key in present if isinstance(value := value_at(source.config, key), list)]
+    home = own[0].rpartition(".")[0]
+    for key, value in _counts_in(source.config, names):
+        if key in own or value is None:
+            continue
+        if value == count or value in lists:
+            present.append(key)
+        elif type(value) is int and value > 0 and _must_agree(key, home):
+            said = next(key for key in own if value_at(source.config, key) is not None)
+            raise CheckpointError(
+                f"config.json contradicts itself: {said} = {count} and {key} = {value}; remove the one that is wrong"
+            )
+    return present
+
+
+def _must_agree(key: str, home: str) -> bool:
+    level = key.rpartition(".")[0]
+    return level in _LEVELS or level == home or key.startswith(_PER_LAYER)
+
+
+def _counts_in(config: Mapping[str, Any], names: frozenset[str], level: str = "", depth: int = 0) -> Iterator[Any]:
+    """Yield (dotted key, value) of everything under one of ``names`` in the config of this model."""
+    for key, value in config.items():
+        if "." in key or _OTHERS.search(key) or depth > _DEEPEST:
+            continue  # a key with a dot is the name of a module
+        path = f"{level}.{key}" if level else key
+        if key in names:
+            yield path, value
+        elif isinstance(value, Mapping):
+            yield from _counts_in(value, names, path, depth + 1)
