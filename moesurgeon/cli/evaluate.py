@@ -39,6 +39,14 @@ def command(
         int, typer.Option(min=0, help="Prompts to continue greedily, to see how much of it is repetition.")
     ] = 0,
     new_tokens: Annotated[int, typer.Option(min=8, help="Tokens to continue a prompt by, at most.")] = 64,
+    include_healed: Annotated[
+        bool,
+        typer.Option(
+            "--include-healed",
+            help="Measure on documents that healed or trained one of the checkpoints, too. Default: they are left out, "
+            "by moesurgeon.json.",
+        ),
+    ] = False,
     split: options.SplitOption = None,
     max_tokens: options.MaxTokens = 65536,
     budget: options.Budget = [],  # noqa: B006 - typer copies it
@@ -57,7 +65,9 @@ def command(
 
         text = text_of(traces, split=split, max_tokens=max_tokens, length=length, budget=budget, sample=sample)
         running = Running(device=device, dtype=dtype, max_memory=bytes_of(max_memory))
-        spec = EvaluateSpec(gates=tuple(gate), continuations=continuations, new_tokens=new_tokens)
+        spec = EvaluateSpec(
+            gates=tuple(gate), continuations=continuations, new_tokens=new_tokens, include_healed=include_healed
+        )
         return evaluate(checkpoint, against, text, running, progress, spec)
 
     answer(json, work, _show)

@@ -9,10 +9,11 @@ from moesurgeon.engine.device import place
 from moesurgeon.engine.streams import Overlay, Stream
 from moesurgeon.evaluation.measure import measure
 from moesurgeon.evaluation.summary import summarise
+from moesurgeon.pipeline.held_out import held_out_text
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.recipe import Step
 from moesurgeon.pipeline.subject import open_subject
-from moesurgeon.pipeline.text import read_text, window_length
+from moesurgeon.pipeline.text import window_length
 from moesurgeon.pipeline.walking import ready
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.surgery.anatomy import Anatomy
@@ -20,6 +21,7 @@ from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import plan_retop
 from moesurgeon.surgery.virtual import plan_virtual
+from moesurgeon.traces.document_hashes import Hashes
 
 
 def bare_plan(anatomy: Anatomy, step: Step, report: Mapping[str, Any]) -> EditPlan:
@@ -31,14 +33,22 @@ def bare_plan(anatomy: Anatomy, step: Step, report: Mapping[str, Any]) -> EditPl
 
 
 def bare_figures(
-    source: str, step: Step, report: Mapping[str, Any], text: Text, running: Running, progress: Progress = SILENT
+    source: str,
+    step: Step,
+    report: Mapping[str, Any],
+    text: Text,
+    running: Running,
+    progress: Progress = SILENT,
+    *,
+    left_out: Hashes = frozenset(),
 ) -> dict[str, Any]:
     """Return loss and perplexity of ``step`` on ``source`` without healing, on the report split, also by domain.
 
-    The plan walks as an overlay; nothing is written.
+    The plan walks as an overlay; nothing is written. ``left_out``: documents that are not measured on, as those that
+    healed ``source`` are not.
     """
     subject = open_subject(source)
-    corpus = read_text(subject, text, builtin_split="report")
+    corpus, _healed = held_out_text([subject], text, also=left_out)
     placement = place(running.device, running.dtype, subject.stored_dtype)
     length = window_length(subject, text)
     with ready([subject], corpus, placement, length=length, max_memory=running.max_memory) as walk:

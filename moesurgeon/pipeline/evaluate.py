@@ -18,12 +18,14 @@ from moesurgeon.evaluation.gate import Gate, parse_gate
 from moesurgeon.evaluation.measure import measure
 from moesurgeon.evaluation.summary import expected_report, possible_report, summarise
 from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
+from moesurgeon.pipeline.held_out import held_out_text
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.subject import Subject, open_subject
-from moesurgeon.pipeline.text import read_text, trace_specs, window_length
+from moesurgeon.pipeline.text import trace_specs, window_length
 from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.pipeline.walking import Ready, ready
 from moesurgeon.progress import SILENT, Progress
+from moesurgeon.traces.document_hashes import Hashes
 from moesurgeon.traces.windows import Corpus
 
 
@@ -32,12 +34,15 @@ class EvaluateSpec:
     """What is looked at beside the losses.
 
     ``gates``: conditions on the report, all of which have to hold. ``continuations``: how many prompts are
-    continued greedily, by up to ``new_tokens`` tokens, to see how much of it is repetition.
+    continued greedily, by up to ``new_tokens`` tokens, to see how much of it is repetition. ``include_healed``: measure
+    on documents that healed one of the checkpoints as well. ``left_out``: documents that are left out besides.
     """
 
     gates: tuple[str, ...] = ()
     continuations: int = 0
     new_tokens: int = 64
+    include_healed: bool = False
+    left_out: Hashes = frozenset()
 
 
 def evaluate(
@@ -62,7 +67,9 @@ def evaluate(
     placement = place(running.device, running.dtype, subject.stored_dtype)
     length = window_length(subject, text)
     _refuse_long(subjects, spec, length)
-    corpus = read_text(subject, text, builtin_split="report", progress=progress)
+    corpus, healed_text = held_out_text(
+        subjects, text, include=spec.include_healed, also=spec.left_out, progress=progress
+    )
     refuse_unknown_intervals(gate, corpus, has_teacher=other is not None)
     ranks = join_ranks(running.device)
     with ready(subjects, corpus, placement, length=length, max_memory=running.max_memory) as walk:
@@ -91,6 +98,7 @@ def evaluate(
         "compared_with": against,
         "splits": dict(corpus.splits),
         "trace_hashes": dict(corpus.hashes),
+        "healed_text": healed_text,
         "placement": str(placement),
         "resident": is_resident,
         **report,

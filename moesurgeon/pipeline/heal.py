@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from moesurgeon.healing.pace import METHODS
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.healing.room import Room
 from moesurgeon.pipeline.heal_budget import share_out_healing
+from moesurgeon.pipeline.heal_teacher import teacher_of
 from moesurgeon.pipeline.healed_choice import HELDOUT_TOKENS, TOKENS, Fixed, LayerChoice, Starts, choose_healed
+from moesurgeon.pipeline.known_text import UNUSED, record_of, refuse_known_validation
 from moesurgeon.pipeline.options import HealSpec, Running
-from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.text import MORE, read_text, trace_specs, window_length
-from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.pipeline.walking import hidden_folder
 from moesurgeon.progress import Progress
 from moesurgeon.surgery.plan import EditPlan
@@ -68,6 +70,11 @@ class Healer:
     def length(self) -> int:
         """Tokens of a window."""
         return window_length(self.subject, self.spec.text)
+
+    @cached_property
+    def documents(self) -> dict[str, Any]:
+        """What a record says of the documents that heal and that judge."""
+        return record_of(self.train, self.judge)
 
     def facts(self) -> dict[str, Any]:
         """Return what a result depends on besides the checkpoint and ``spec``: teacher, text, place and precision."""
@@ -175,11 +182,24 @@ class Healer:
             "kept": kept,
         }
         if not kept:
-            return plan, report, before
+            return self._unhealed(plan), report, before
         record = {key: report[key] for key in ("method", "teacher", "traces", "heldout_traces", "heldout")}
+        record["documents"] = self.documents
         if is_merged:
             record["merge"] = True
         return plan_healed(student, {**record, "pace": asdict(spec.pace)}), report, after
+
+    @property
+    def unused(self) -> dict[str, Any]:
+        """Return what the record of a cut says of this text where the healing was left out."""
+        fits = self.spec.method != "none" or self.spec.merge
+        return {UNUSED: self.documents if fits else {**self.documents, "calibration": ""}}
+
+    def _unhealed(self, plan: EditPlan) -> EditPlan:
+        """Return ``plan``, with the text that was read to heal it in its record."""
+        if (self.spec.method == "none" and not self.spec.merge) or not plan.record:
+            return plan
+        return replace(plan, record=[*plan.record[:-1], {**plan.record[-1], **self.unused}])
 
     def _walked(self, student: Stream, *, merge: bool, name: str = "") -> tuple[list[dict[str, Any]], Measurement]:
         """Heal ``student``; return the report by layer, and what judged it. ``name``: of its files."""
@@ -217,9 +237,10 @@ def healer(
     ``choosing``: and for :meth:`Healer.choose`.
     """
     check_heal(spec)
-    other = _teacher(subject, spec, progress)
+    other = teacher_of(subject, spec, progress)
     placement = place(running.device, running.dtype, subject.stored_dtype)
     train, judge = healing_text(subject, spec, progress)
+    refuse_known_validation(subject, judge)
     with ExitStack() as stack:
         sources = [
             stack.enter_context(Source.of_checkpoint(each.checkpoint, each.anatomy, placement))
@@ -265,23 +286,6 @@ def healed(
 def _batched(corpus: Corpus, source: Source, subject: Subject, spec: HealSpec) -> list[Batch]:
     rows = rows_for(window_length(subject, spec.text))
     return list(batches_of(corpus, rows=rows, tokens=BATCH_TOKENS, device=source.placement.device))
-
-
-def _teacher(subject: Subject, spec: HealSpec, progress: Progress) -> Subject | None:
-    """Return the teacher, if it is another checkpoint than ``subject``; UsageError for one that cannot be."""
-    other = open_subject(spec.teacher) if spec.teacher else None
-    if other is None:
-        return None
-    refuse_other_tokenizer(subject, other, progress)
-    if other.fingerprint == subject.fingerprint:
-        return None
-    mine, theirs = subject.anatomy, other.anatomy
-    if (mine.layers, mine.hidden) != (theirs.layers, theirs.hidden):
-        raise UsageError(
-            f"{spec.teacher} has {theirs.layers} layers of width {theirs.hidden}, {subject.name} has {mine.layers} of "
-            f"{mine.hidden}: no teacher for it; give the checkpoint that it was made from"
-        )
-    return other
 
 
 def _losses(measured: Measurement) -> dict[str, float]:

@@ -96,7 +96,7 @@ def settled(choice: Choice, healer: Healer, anatomy: Anatomy, plan: EditPlan | N
     found = chosen(open_.fixed)
     kept = {layer: each.kept for layer, each in found.items()}
     text = healer.choice_text()
-    record = {**choice.record, **text}
+    record = {**choice.record, **text, "choice_documents": healer.documents}
     evidence = {**choice.evidence, "choice": {**text, "layers": [each.as_dict() for each in found.values()]}}
     evidence |= explain_choice(anatomy, open_.profile, kept, HEALED)
     warnings = [*weigh_support(statistics, kept, evidence), *weigh_traffic(statistics, kept, evidence)]

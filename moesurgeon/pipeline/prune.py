@@ -10,6 +10,7 @@ from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.errors import NothingToDo
 from moesurgeon.pipeline.choice import Choice, choose, plan_chosen
 from moesurgeon.pipeline.keep_file import read_kept
+from moesurgeon.pipeline.known_text import counted
 from moesurgeon.pipeline.options import Running, Writing
 from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.subject import Subject, open_subject
@@ -132,7 +133,7 @@ def _carry_out(
         "warnings": [*choice.warnings, *([_VIRTUAL] if spec.virtual and not plan.changes_nothing else [])],
         "stages": [],
         **choice.evidence,
-        **how,
+        **counted(how),
         **finish_healed(plan, subject, spec.heal, running, writing, progress, opened=opened),
     }
     return report, set(anatomy.mtp_layers) <= set(choice.kept)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moesurgeon.checkpoint.staging import refuse_unusable
+from moesurgeon.checkpoint.staging import overlap, refuse_unusable
 from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.evaluate import EvaluateSpec, needs_intervals, read_gate, refuse_unknown_intervals
@@ -50,7 +50,7 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
             own.append(step.sample.domain)
         if healing := step_on(recipe, step).heal:
             check_heal(healing)
-            if healing.teacher is not None:
+            if healing.teacher is not None and not overlap(Path(healing.teacher), output):  # a stage is not there yet
                 refuse_other_tokenizer(subject, open_subject(healing.teacher))
             _refuse_taken(own, healing)
             if step.retop and healing.merge:

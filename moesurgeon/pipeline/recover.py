@@ -21,6 +21,7 @@ from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.whole import filled
 from moesurgeon.errors import CheckpointError, InputError, NothingToDo, UsageError
 from moesurgeon.healing.planned import plan_healed
+from moesurgeon.pipeline.known_text import record_of, refuse_known_validation
 from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.recover_adapter import beside, refuse_adapter
 from moesurgeon.pipeline.recover_streamed import fits, streaming
@@ -111,6 +112,7 @@ def recover(
     corpus = spec.schedule.needed(pool, length)
     heldout_text = text.even(max_tokens=spec.heldout_tokens, split="validation")
     heldout = read_text(subject, heldout_text, builtin_split="validation", remedy=MORE)
+    refuse_known_validation(subject, heldout)
     experts = _experts(subject, teacher, spec)
     report: dict[str, Any] = {
         "teacher": spec.teacher,
@@ -143,7 +145,12 @@ def recover(
     store = Store(kept, digest_of(subject, facts), ranks)
     own_folder = store.folder if ranks.is_first else store.folder / str(ranks.number)  # each has files of its own
     _refuse_existing(spec.log, store, writing)
-    origin = {"teacher": teacher.fingerprint, "traces": corpus.hashes, "heldout_traces": heldout.hashes}
+    origin = {
+        "teacher": teacher.fingerprint,
+        "traces": corpus.hashes,
+        "heldout_traces": heldout.hashes,
+        "documents": record_of(corpus, heldout),
+    }
     with _kept_only_if_killed(store), ExitStack() as stack:
         # Eager experts gather by index, whose gradient one thread of a CPU adds up.
         opened = stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement, "grouped_mm"))

@@ -28,11 +28,14 @@ from moesurgeon.pipeline.prune import prune
 from moesurgeon.pipeline.recipe import Recipe, RecoverStep, Step
 from moesurgeon.pipeline.recipe_check import refuse_impossible, step_on
 from moesurgeon.pipeline.recipe_file import read_recipe
+from moesurgeon.pipeline.recipe_healing import healing_documents
 from moesurgeon.pipeline.recover import RecoverSpec, recover
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.run_end import settle, writing
 from moesurgeon.pipeline.sample import sample
+from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.progress import SILENT, Progress
+from moesurgeon.traces.document_hashes import Hashes
 from moesurgeon.traces.documents import Split
 
 _FIGURES = "figures.json"
@@ -52,9 +55,11 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
     recipe = read_recipe(recipe_path)
     refuse_impossible(recipe, output.output)
     folder = output.output
-    previous = _make_way(output)
     started = time.monotonic()
-    original = _measured(recipe, "original", recipe.checkpoint, folder / "usage" / "00-original", {}, progress)
+    healing = healing_documents(recipe, open_subject(recipe.checkpoint))
+    previous = _make_way(output)
+    place = folder / "usage" / "00-original"
+    original = _measured(recipe, "original", recipe.checkpoint, place, {}, progress, healing=healing)
     stages = [{**original, "accepted": True}]
     _log(folder, stages[-1])
     current, taken = recipe.checkpoint, None
@@ -74,10 +79,10 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
             _log(folder, {"stage": step.name, "accepted": False, "why": str(error)})
             ended, gate = error, error.verdict if isinstance(error, GateFailed) else stages[-1].get("gate")
             break
-        bare = _bare(recipe, step, current, report, stages[0], progress)
+        bare = _bare(recipe, step, current, report, stages[0], progress, healing=healing)
         current, taken = str(place), None
         usage_folder = folder / "usage" / f"{number:02d}-{step.name}"
-        stage = {**_measured(recipe, step.name, current, usage_folder, report, progress), **bare}
+        stage = {**_measured(recipe, step.name, current, usage_folder, report, progress, healing=healing), **bare}
         # The recipe's gate is judged on every state, so that it is known which was the last to pass.
         stages.append({**stage, "accepted": stage.get("gate", {"passed": True})["passed"]})
         _log(folder, stages[-1])
@@ -163,11 +168,13 @@ def _measured(
     usage_folder: Path,
     report: Mapping[str, Any],
     progress: Progress,
+    *,
+    healing: Hashes,
 ) -> dict[str, Any]:
     """Return the figures of one stage: size, cost, held-out quality (with a gate's verdict), balance, speed."""
     facts = inspect(checkpoint)
     against = None if stage == "original" else recipe.checkpoint
-    spec = EvaluateSpec(gates=(recipe.gate,)) if against and recipe.gate else None
+    spec = EvaluateSpec(gates=(recipe.gate,) if against and recipe.gate else (), left_out=healing)
     text = _text(recipe, "report", recipe.report_tokens)
     quality = evaluate(checkpoint, against, text, recipe.running, progress, spec)
     usage = profile(
@@ -207,11 +214,14 @@ def _bare(
     report: Mapping[str, Any],
     original: Mapping[str, Any],
     progress: Progress,
+    *,
+    healing: Hashes,
 ) -> dict[str, Any]:
     """Return ``bare``: the figures of a step that healed without its healing; of other steps nothing."""
     if report.get("healed", {}).get("method", "none") == "none":
         return {}
-    found = bare_figures(source, step, report, _text(recipe, "report", recipe.report_tokens), recipe.running, progress)
+    text = _text(recipe, "report", recipe.report_tokens)
+    found = bare_figures(source, step, report, text, recipe.running, progress, left_out=healing)
     return {"bare": {**found, "perplexity_ratio": found["perplexity"] / original["perplexity"]}}
 
 

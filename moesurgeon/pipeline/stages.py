@@ -28,6 +28,7 @@ from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate, refuse_unknown
 from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.heal import Healer, healer
 from moesurgeon.pipeline.healed_choice import settled
+from moesurgeon.pipeline.known_text import counted
 from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.prune_spec import HEALED, PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.stage_folder import StageFolder, stage_folder
@@ -184,7 +185,7 @@ class _Stages:
                 str(layer): [expert for expert in state.left[layer] if expert not in left]
                 for layer, left in cut.left.items()
             },
-            **choice.record,
+            **counted(choice.record),
             "evidence": choice.evidence,
             "warnings": choice.warnings,
             "healing": healed.pop("layers"),
@@ -193,7 +194,8 @@ class _Stages:
             **({"gate": verdict} if verdict else {}),
         }
         if accepted:
-            self._folder.accept(name, line, kept, choice.record, plan)
+            how = choice.record if healed["kept"] else {**choice.record, **self._healer.unused}
+            self._folder.accept(name, line, kept, how, plan)
         else:
             self._progress.note(f"{name}: rolled back, {failure(verdict or {})}")
             self._folder.reject(name, line)

@@ -15,6 +15,7 @@ from moesurgeon.traces.budgets import shares_of, weights_of
 from moesurgeon.traces.chat import ChatTemplate
 from moesurgeon.traces.documents import Split
 from moesurgeon.traces.duplicates import counted_once
+from moesurgeon.traces.left_out import Excluded
 from moesurgeon.traces.sources import is_lone_text
 from moesurgeon.traces.spec import TraceSpec, parse_traces
 from moesurgeon.traces.tokenizer import load_tokenizer
@@ -38,14 +39,15 @@ def read_text(
     builtin_split: Split,
     own_split: Split = "all",
     remedy: str = _ANOTHER_SPLIT,
+    excluded: Excluded | None = None,
     progress: Progress = SILENT,
 ) -> Corpus:
     """Return the windows that ``text`` asks for, made with the subject's tokenizer; no document is in two domains.
 
     Builtin traces are read in ``builtin_split`` and the user's in ``own_split``, unless ``text`` names one.
-    ``remedy``: what to do about a trace with too few documents for its split. What the user should know of how the
-    traces were read goes to ``progress``. Raises CheckpointError for a tokenizer that makes tokens the checkpoint
-    does not have.
+    ``remedy``: what to do about a trace with too few documents for its split; ``excluded``: documents not to read.
+    What the user should know of how the traces were read goes to ``progress``. Raises CheckpointError for a tokenizer
+    that makes tokens the checkpoint does not have.
     """
     specs = trace_specs(text)
     splits = [text.split or (builtin_split if spec.builtin else own_split) for spec in specs]
@@ -61,6 +63,7 @@ def read_text(
                 budgets=text.budgets,
                 sample=text.sample,
                 render=template.render,
+                excluded=excluded,
             )
         except EmptySplit as error:
             raise error.with_remedy(remedy) from error

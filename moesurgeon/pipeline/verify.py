@@ -10,6 +10,7 @@ from moesurgeon.checkpoint.header import StoredTensor
 from moesurgeon.checkpoint.open import PROVENANCE_NAME
 from moesurgeon.checkpoint.reader import ShardReader
 from moesurgeon.errors import InputError, OutputError
+from moesurgeon.pipeline.known_text import counted
 from moesurgeon.pipeline.provenance import Step, history_of, refuse_inconsistent, refuse_other_hashes
 from moesurgeon.pipeline.subject import Subject, first_of, open_subject
 from moesurgeon.progress import SILENT, Progress
@@ -42,7 +43,7 @@ def verify(name: str, source: str | None = None, progress: Progress = SILENT, *,
         "bytes": subject.checkpoint.nbytes,
         "fingerprint": subject.fingerprint,
         "warnings": warnings,
-        "history": [step["operations"] for step in history],
+        "history": [[counted(each) for each in step["operations"]] for step in history],
     }
     if source is not None:
         report["source"] = source

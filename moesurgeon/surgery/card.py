@@ -8,7 +8,7 @@ import re
 from moesurgeon.surgery.plan import EditPlan
 
 _HEADING = "## Surgery"
-_LONG = {"expert_map", "dropped"}
+_LONG = {"expert_map", "dropped", "documents", "choice_documents", "unused_documents"}
 
 
 def edited_card(card: str, plan: EditPlan) -> str:
@@ -24,5 +24,5 @@ def edited_card(card: str, plan: EditPlan) -> str:
         following = re.compile(r"^##? ", flags=re.MULTILINE).search(card, section.end())
         end = following.start() if following else len(card)
         return card[:end].rstrip() + "\n" + addition + ("\n" + card[end:] if following else "")
-    intro = "Edited with moesurgeon; expert maps and dropped tensors are in `moesurgeon.json`."
+    intro = "Edited with moesurgeon; expert maps, dropped tensors and documents are in `moesurgeon.json`."
     return f"{card.rstrip()}\n\n{_HEADING}\n\n{intro}\n\n{addition}".lstrip()

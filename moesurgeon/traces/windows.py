@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moesurgeon.errors import TraceError, UsageError
 from moesurgeon.traces.budgets import SHORTEST, shares_of
 from moesurgeon.traces.documents import Document, Split
+from moesurgeon.traces.left_out import Excluded, LeftOut, none_left
 from moesurgeon.traces.sampling import Sizes, sampled, small_batches
 from moesurgeon.traces.sources import Reading, Usable, documents_in, read_documents
 from moesurgeon.traces.spec import TraceSpec
@@ -71,6 +72,7 @@ class Corpus:
     splits: dict[str, Split] = field(default_factory=dict)  # per domain
     documents: dict[str, tuple[str, ...]] = field(default_factory=dict)  # per domain: keys, by Window.document
     catalogues: dict[str, Catalogue] = field(default_factory=dict)  # per domain: more about these documents
+    left_out: dict[str, LeftOut] = field(default_factory=dict)  # per domain: documents that were passed over
     notes: tuple[str, ...] = ()  # what the user should know of how the traces were read
     chat_template: str | None = None  # sha256 of the template that made text of chats, if there were any
 
@@ -97,12 +99,14 @@ def load_corpus(
     budgets: Mapping[str, str | int] | None = None,
     sample: int | None = None,
     render: Render | None = None,
+    excluded: Excluded | None = None,
 ) -> Corpus:
     """Return windows of at most ``length`` tokens of every trace, of each in its split of ``splits``.
 
     ``max_tokens`` and ``budgets`` bound what is read (``budgets.shares_of``); without a bound all there is has to fit
     in memory as tokens (4 bytes each). Of a trace that holds more the first documents are read, or with the seed
-    ``sample`` a uniform sample of all, which takes reading all. ``render`` makes text of chats.
+    ``sample`` a uniform sample of all, which takes reading all. ``render`` makes text of chats. In place
+    of documents that are ``excluded`` the next ones are read.
 
     Raises TraceError for a trace that cannot be read or gives no window, and UsageError for a budget
     that gives a trace less than one window.
@@ -113,10 +117,15 @@ def load_corpus(
     for spec, split in zip(specs, splits, strict=True):
         share = shares[spec.domain]
         documents: Iterable[Document] = read_documents(spec, split, render, usable=usable)
+        left_out = corpus.left_out[spec.domain] = LeftOut()
+        if excluded is not None:
+            documents = left_out.passing(documents, excluded, _usable(tokenize, length, share))
         if sample is not None:
             documents = sampled(documents, _usable(tokenize, length, share), budget=share, seed=sample)
         reading, catalogue = Reading(documents), Catalogue()
         windows = take_windows(reading, spec.domain, tokenize, length=length, max_tokens=share, catalogue=catalogue)
+        if not windows and excluded is not None and left_out.keys:
+            raise none_left(spec, left_out, excluded)
         if not windows:
             raise _no_text(spec, split, documents_in(spec, render, usable=usable) if spec.builtin is None else None)
         corpus.windows.extend(windows)

@@ -25,7 +25,7 @@ def evaluate(top1: dict[str, Path]) -> Callable[..., tuple[str | Path, ...]]:
 
 @pytest.fixture
 def no_walk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesurgeon.pipeline.evaluate.read_text", pytest.fail)
+    monkeypatch.setattr("moesurgeon.pipeline.evaluate.held_out_text", pytest.fail)
 
 
 def test_gate_that_passes(evaluate: Callable[..., Any]) -> None:

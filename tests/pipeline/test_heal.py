@@ -81,7 +81,10 @@ def test_what_does_not_lower_the_loss_is_left_out(
     bare, healed = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("bare", "healed")
     )
+    records = [json.loads(files.pop("moesurgeon.json"))["history"][0]["operations"] for files in (bare, healed)]
     assert bare == healed
+    unused = records[1][0].pop("unused_documents")  # read to heal and to judge
+    assert records[0] == records[1] and set(unused) == {"calibration", "validation"} and all(unused.values())
 
 
 def test_none_measures(tiny_mixtral: Subject, tmp_path: Path) -> None:

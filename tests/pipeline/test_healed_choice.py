@@ -70,6 +70,7 @@ def test_chosen_healed_and_recorded(tiny_mixtral: Subject, taken: dict[str, Path
     assert [step["operation"] for step in operations] == ["prune", "heal"]
     assert operations[0]["criterion"] == "healed" and operations[0]["choice_traces"] == healed["traces"]
     assert operations[0]["profile_traces"]
+    assert operations[0]["choice_documents"] == operations[1]["documents"] and operations[1]["documents"]["calibration"]
 
 
 def test_what_is_left_is_what_healing_finds(tiny_mixtral: Subject) -> None:

@@ -116,12 +116,12 @@ def test_healing_has_the_recipe_s_text_and_teacher(out: Path, tmp_path: Path, mo
     path.write_text(
         f"checkpoint: {BUILTIN[0]}\ntext: {{traces: [js=builtin:json], length: 64}}\nsteps:\n"
         "  - retop: {heal: {}}\n"
-        "  - prune: {keep_experts: k, heal: {traces: [builtin:logs], length: 32, teacher: other}}\n"
+        f"  - prune: {{keep_experts: k, heal: {{traces: [builtin:logs], length: 32, teacher: {BUILTIN[1]}}}}}\n"
     )
     run(path, RunOutput(output=out))
     assert seen == [
         HealSpec(traces=("js=builtin:json",), length=64, teacher=BUILTIN[0]),
-        HealSpec(traces=("builtin:logs",), length=32, teacher="other"),
+        HealSpec(traces=("builtin:logs",), length=32, teacher=BUILTIN[1]),
     ]
 
 
@@ -222,7 +222,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     """Which stages pass the recipe's gate; the others fail."""
     passes: dict[str, bool] = {}
 
-    def measured(_recipe: object, stage: str, checkpoint: str, *_rest: object) -> dict[str, Any]:
+    def measured(_recipe: object, stage: str, checkpoint: str, *_rest: object, **_more: object) -> dict[str, Any]:
         gate = {"passed": passes[stage]} if stage in passes else None
         return {"stage": stage, "checkpoint": checkpoint, **({"gate": gate} if gate else {})}
 
@@ -286,7 +286,7 @@ def test_only_what_is_accepted_is_called_checkpoint(
 def test_a_run_that_is_stopped_leaves_nothing_called_checkpoint(
     two_steps: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(_recipe: object, stage: str, checkpoint: str, *_rest: object) -> dict[str, Any]:
+    def measured(_recipe: object, stage: str, checkpoint: str, *_rest: object, **_more: object) -> dict[str, Any]:
         if stage == "prune":
             raise KeyboardInterrupt
         return {"stage": stage, "checkpoint": checkpoint}

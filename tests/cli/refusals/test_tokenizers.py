@@ -42,7 +42,8 @@ def test_healing_and_recovery(other: Path, out: Path, top1: dict[str, Path], tmp
     recover = ("recover", top1[MIXTRAL], out, "--teacher", other, *TEXT)
     refused(3, *recover, says=SAYS)
     refused(3, *recover, "--dry-run", says=SAYS)
-    refused(3, *recover, "--heal-method", "ridge", "--steps", "0", "--dry-run", says=SAYS)
+    layers = ("recover", top1[MIXTRAL], out, "--teacher", other, "-t", "builtin:json", "--heal-method", "ridge")
+    refused(3, *layers, "--steps", "0", "--dry-run", says=SAYS)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"checkpoint: {MIXTRAL}\ntext: {{traces: ['builtin:json']}}\n"

@@ -1,0 +1,40 @@
+"""On which documents the steps of a recipe will heal: no stage is measured on them, not even the original, so that
+all stages are measured on one text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from moesurgeon.pipeline.options import Text
+from moesurgeon.pipeline.prune_spec import HEALED
+from moesurgeon.pipeline.recipe import Recipe
+from moesurgeon.pipeline.recipe_check import step_on
+from moesurgeon.pipeline.subject import Subject
+from moesurgeon.pipeline.text import read_text, trace_specs, window_length
+from moesurgeon.recovery.schedule import Schedule
+from moesurgeon.traces.document_hashes import Hashes, documents_of
+
+
+def healing_documents(recipe: Recipe, subject: Subject) -> Hashes:
+    """Return the hashes of the documents that calibrate in a step; what ``sample`` will write is not among them."""
+    found: set[str] = set()
+    for text, schedule in _texts(recipe):
+        if recipe.text.split is None and all(spec.builtin for spec in trace_specs(text)):
+            continue  # their splits share no document
+        corpus = read_text(subject, text, builtin_split="calibration", own_split="train")
+        if schedule is not None:
+            corpus = schedule.needed(corpus, window_length(subject, text))
+        found |= documents_of(corpus)
+    return frozenset(found)
+
+
+def _texts(recipe: Recipe) -> Iterator[tuple[Text, Schedule | None]]:
+    """Yield what the steps read to calibrate, of a recovery with its length."""
+    for step in recipe.steps:
+        if heal := step_on(recipe, step).heal:
+            chooses = step.prune is not None and step.prune.criterion == HEALED
+            if heal.method != "none" or heal.merge or chooses:
+                yield heal.text, None
+        if step.recover:
+            yield replace(recipe.text, max_tokens=step.recover.max_tokens), step.recover.schedule
