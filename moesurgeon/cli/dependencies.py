@@ -40,7 +40,15 @@ def _healing(given: str) -> dict[str, tuple[Needs, ...]]:
     runs = Needs("is about running the model, and nothing runs it", (given,))
     return {
         **_all(
-            ("--heal-method", "--heal-tokens", "--heal-budget", "--heal-heldout", "--heal-teacher", "--heal-sample"),
+            (
+                "--heal-method",
+                "--heal-tokens",
+                "--heal-budget",
+                "--heal-heldout",
+                "--heal-teacher",
+                "--heal-sample",
+                "--validation",
+            ),
             heals,
         ),
         **_methods(heals),
@@ -84,12 +92,13 @@ INDEPENDENT: Mapping[str, frozenset[str]] = {
          "--shard-size", "--overwrite", "--dry-run", "--allow-noop", "--json"}
     ),
     "recover": frozenset(
-        {"--teacher", "--traces", "--heal-method", "--steps", "--split", "--sample", "--length", "--device", "--dtype",
-         "--max-memory", "--layout", "--link", "--shard-size", "--overwrite", "--dry-run", "--allow-noop", "--json"}
+        {"--teacher", "--traces", "--validation", "--heal-method", "--steps", "--split", "--sample", "--length",
+         "--device", "--dtype", "--max-memory", "--layout", "--link", "--shard-size", "--overwrite", "--dry-run",
+         "--allow-noop", "--json"}
     ),
     "evaluate": frozenset(
         {"--against", "--traces", "--gate", "--continuations", "--split", "--max-tokens", "--budget", "--sample",
-         "--length", "--device", "--dtype", "--max-memory", "--json"}
+         "--length", "--include-healed", "--device", "--dtype", "--max-memory", "--json"}
     ),
     "harness": frozenset({"--task", "--tasks-folder", "--limit", "--device", "--dtype", "--max-memory", "--json"}),
     "sample": frozenset(

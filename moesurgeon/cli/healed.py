@@ -27,6 +27,7 @@ def heal_spec(
     sample: int | None = None,
     budget: Sequence[str] = (),
     merge: bool = False,
+    validation: Sequence[str] = (),
 ) -> HealSpec | None:
     """Return what heals, or None where no text was named."""
     from moesurgeon.healing.pace import Pace
@@ -38,6 +39,7 @@ def heal_spec(
     pace = Pace(steps=steps, router=router, rank=rank)
     return HealSpec(
         traces=tuple(traces),
+        validation=tuple(validation),
         method=method,
         teacher=teacher,
         max_tokens=tokens,
@@ -67,6 +69,8 @@ def show_healing(report: Report) -> None:
     if not healing:
         return
     if "planned" in healing:
+        from moesurgeon.traces.amounts import amounts
+
         plan = healing["planned"]
         budgets = "".join(f", {tokens} of {name}" for name, tokens in plan["budgets"].items())
         others = " of traces without a budget" if budgets else ""
@@ -74,6 +78,8 @@ def show_healing(report: Report) -> None:
             f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens{others}"
             f"{budgets}{', merging first' if plan['merge'] else ''}"
         )
+        for role, domains in healing.get("text", {}).items():
+            print(f"    {role} text: {amounts(domains)}")
         return
     for layer in report["healing"]:
         steps = ", ".join(
@@ -84,6 +90,8 @@ def show_healing(report: Report) -> None:
     loss, closed = healing["heldout"], healing["gap_closed"]
     after = "" if healing["method"] == "none" and "merge" not in healing else f", {loss['healed']:.4f} healed"
     share = f" ({closed:.0%} of the gap closed)" if after and closed is not None else ""
+    for warning in healing.get("warnings", []):
+        print(f"  {warning}")
     print(f"  held-out loss {loss['teacher']:.4f} before the cut, {loss['bare']:.4f} bare{after}{share}")
     if "merge" in healing:
         print(f"  {_merging(healing)}")

@@ -34,7 +34,8 @@ Traces = Annotated[
         "--traces",
         "-t",
         metavar="[NAME=]PATH[:COLUMN]",
-        help="Text by domain: jsonl(.gz), txt, parquet, a saved dataset, or builtin:NAME. Repeat for more.",
+        help="Text by domain: jsonl(.gz), txt, parquet, a saved dataset, a folder of these, or builtin:NAME. "
+        "'FOLDER/*', in quotes: a domain for each of its sub-folders and files. Repeat for more.",
     ),
 ]
 SplitOption = Annotated[
@@ -93,6 +94,14 @@ HealBudget = Annotated[
     ),
 ]
 HealHeldout = Annotated[int, typer.Option(min=8, help="Tokens of the validation split that judge what is healed.")]
+Validation = Annotated[
+    list[str],
+    typer.Option(
+        metavar="[NAME=]PATH[:COLUMN]",
+        help="Text of its own to judge on. It and the text that heals are then read whole. Default: the validation "
+        "split of the text that heals. Repeat for more.",
+    ),
+]
 HealSteps = Annotated[int, typer.Option(min=1, help="Optimiser steps for each layer at most (distill).")]
 HealRouter = Annotated[
     bool,

@@ -117,6 +117,7 @@ def command(
     heal_tokens: options.HealTokens = 98304,
     heal_budget: options.HealBudget = [],  # noqa: B006 - typer copies it
     heal_heldout: options.HealHeldout = 16384,
+    validation: options.Validation = [],  # noqa: B006 - typer copies it
     heal_steps: options.HealSteps = 600,
     heal_router: options.HealRouter = False,
     heal_rank: options.HealRank = None,
@@ -166,6 +167,7 @@ def command(
                 teacher=heal_teacher,
                 sample=heal_sample,
                 budget=heal_budget,
+                validation=validation,
                 merge=merge,
             ),
             stages=stages,

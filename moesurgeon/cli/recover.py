@@ -49,6 +49,7 @@ def command(
             min=0.0, metavar="SHARE", help="Train only experts whose traffic is not the teacher's by more than this."
         ),
     ] = None,
+    validation: options.Validation = [],  # noqa: B006 - typer copies it
     heal_method: Annotated[
         Literal["none", "scale", "ridge", "distill"],
         typer.Option(help="First repair every layer towards the teacher's, as `prune --heal` does, on the same text."),
@@ -178,6 +179,7 @@ def command(
         )
         spec = RecoverSpec(
             teacher=teacher,
+            validation=tuple(validation),
             adapt=tuple(adapt),  # type: ignore[arg-type]  # checked there
             adapter=adapter,
             losses=Losses(

@@ -57,6 +57,7 @@ def command(
     heal_tokens: options.HealTokens = 98304,
     heal_budget: options.HealBudget = [],  # noqa: B006 - typer copies it
     heal_heldout: options.HealHeldout = 16384,
+    validation: options.Validation = [],  # noqa: B006 - typer copies it
     heal_steps: options.HealSteps = 600,
     heal_router: options.HealRouter = False,
     heal_rank: options.HealRank = None,
@@ -102,6 +103,7 @@ def command(
             teacher=heal_teacher,
             sample=heal_sample,
             budget=heal_budget,
+            validation=validation,
         )
         foresight = Foresight(profile=profile, per_layer=per_layer, average=per_layer_average, out=per_layer_out)
         return retop(

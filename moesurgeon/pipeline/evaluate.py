@@ -21,7 +21,7 @@ from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
 from moesurgeon.pipeline.held_out import held_out_text
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.subject import Subject, open_subject
-from moesurgeon.pipeline.text import trace_specs, window_length
+from moesurgeon.pipeline.text import file_facts, trace_specs, window_length
 from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.pipeline.walking import Ready, ready
 from moesurgeon.progress import SILENT, Progress
@@ -99,6 +99,7 @@ def evaluate(
         "splits": dict(corpus.splits),
         "trace_hashes": dict(corpus.hashes),
         "healed_text": healed_text,
+        "files": file_facts(corpus),
         "placement": str(placement),
         "resident": is_resident,
         **report,

@@ -14,6 +14,7 @@ from moesurgeon.engine.device import place
 from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import UsageError
+from moesurgeon.evaluation.decidable import gap_of
 from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, Measurement, measure
 from moesurgeon.healing.heal import heal, refuse_quantised
 from moesurgeon.healing.memory import trial_bytes
@@ -23,10 +24,11 @@ from moesurgeon.healing.room import Room
 from moesurgeon.pipeline.heal_budget import share_out_healing
 from moesurgeon.pipeline.heal_teacher import teacher_of
 from moesurgeon.pipeline.healed_choice import HELDOUT_TOKENS, TOKENS, Fixed, LayerChoice, Starts, choose_healed
+from moesurgeon.pipeline.healing_text import facts_of, healing_text, say_amounts
 from moesurgeon.pipeline.known_text import UNUSED, record_of, refuse_known_validation
 from moesurgeon.pipeline.options import HealSpec, Running
 from moesurgeon.pipeline.subject import Subject
-from moesurgeon.pipeline.text import MORE, read_text, trace_specs, window_length
+from moesurgeon.pipeline.text import trace_specs, window_length
 from moesurgeon.pipeline.walking import hidden_folder
 from moesurgeon.progress import Progress
 from moesurgeon.surgery.plan import EditPlan
@@ -38,6 +40,7 @@ def check_heal(spec: HealSpec) -> None:
     if spec.method not in METHODS:
         raise UsageError(f"--heal-method {spec.method} is not one of {', '.join(METHODS)}")
     trace_specs(spec.text)
+    trace_specs(spec.judging)
 
 
 class Healer:
@@ -149,6 +152,9 @@ class Healer:
         """
         spec, student = self.spec, self.student(plan)
         before = after = self.judged(student)
+        gap = gap_of(before)
+        if gap.warning:
+            self._progress.note(f"note: {gap.warning}")
         layers: list[dict[str, Any]] = []
         if spec.method != "none" or spec.merge:
             layers, after = self._walked(student, merge=spec.merge)
@@ -176,6 +182,9 @@ class Healer:
             "heldout_traces": dict(self.judge.hashes),
             "tokens": sum(self.train.tokens.values()),
             "heldout_tokens": sum(self.judge.tokens.values()),
+            "text": facts_of(self.train, self.judge),
+            "gap": gap.as_dict(),
+            "warnings": [gap.warning] if gap.warning else [],
             "layers": layers,
             "heldout": {"teacher": bare["teacher"], "bare": bare["loss"], "healed": healed["loss"], **merging},
             "gap_closed": _closed(bare, healed),
@@ -220,14 +229,6 @@ class Healer:
         return layers, self.judged(student)
 
 
-def healing_text(subject: Subject, spec: HealSpec, progress: Progress) -> tuple[Corpus, Corpus]:
-    """Return the text that heals and the text that judges."""
-    train = read_text(
-        subject, spec.text, builtin_split="calibration", own_split="train", remedy=MORE, progress=progress
-    )
-    return train, read_text(subject, spec.judging, builtin_split="validation", remedy=MORE)
-
-
 @contextmanager
 def healer(
     subject: Subject, spec: HealSpec, running: Running, progress: Progress, *, like: EditPlan, choosing: bool = False
@@ -241,6 +242,7 @@ def healer(
     placement = place(running.device, running.dtype, subject.stored_dtype)
     train, judge = healing_text(subject, spec, progress)
     refuse_known_validation(subject, judge)
+    say_amounts(train, judge, progress)
     with ExitStack() as stack:
         sources = [
             stack.enter_context(Source.of_checkpoint(each.checkpoint, each.anatomy, placement))
@@ -254,14 +256,7 @@ def healer(
         fits = share_out_healing(sources, student, spec, running, [*learn, *held], trials)
         folder: Path | None = stack.enter_context(hidden_folder(fits))
         yield Healer(
-            subject,
-            spec,
-            sources,
-            (train, judge),
-            (learn, held),
-            folder,
-            teacher=other or subject,
-            progress=progress,
+            subject, spec, sources, (train, judge), (learn, held), folder, teacher=other or subject, progress=progress
         )
 
 

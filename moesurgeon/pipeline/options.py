@@ -91,7 +91,8 @@ class HealSpec:
     """What heals a cut: the text, how much of it, and by which ``method`` ("none": only measure the damage).
 
     ``traces`` are read in their calibration split (a user's own in the train split, the largest) unless ``split``
-    names one; ``heldout_tokens`` of their validation split judge every step and the whole. In a recipe, traces and
+    names one; ``heldout_tokens`` of their validation split judge every step and the whole. ``validation``: traces
+    that judge instead; then a user's own are all read whole. In a recipe, traces and
     ``length`` are the recipe's where none are given. ``teacher``: the checkpoint to come back to (None: the one
     that is cut; in a recipe the first). ``sample``: heal on a uniform sample of all documents by this seed rather
     than on the first ones; the text that judges stays the same. ``budgets``: tokens of a domain to heal on, by its
@@ -100,6 +101,7 @@ class HealSpec:
     """
 
     traces: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
     method: Method = "distill"
     teacher: str | None = None
     max_tokens: Annotated[int, Ge(8)] = 98304
@@ -126,4 +128,6 @@ class HealSpec:
     @property
     def judging(self) -> Text:
         """What judges every step and the whole: of all domains alike, and of no sample."""
+        if self.validation:
+            return Text(traces=self.validation, max_tokens=self.heldout_tokens, length=self.length)
         return replace(self.text.even(max_tokens=self.heldout_tokens, split="validation"), sample=None)

@@ -20,7 +20,7 @@ from moesurgeon.engine.streams import Stream
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.profile_extras import extras
 from moesurgeon.pipeline.subject import open_subject
-from moesurgeon.pipeline.text import cut_notes, read_text, window_length
+from moesurgeon.pipeline.text import cut_notes, file_facts, read_text, window_length
 from moesurgeon.pipeline.walking import Ready, ready
 from moesurgeon.pipeline.write import refuse_output
 from moesurgeon.profiling.all_experts import LIKELIEST, InnerSpec
@@ -102,6 +102,7 @@ def profile(
         "path": str(output.output),
         "resident": is_resident,
         "cut": corpus.cut,
+        "files": file_facts(corpus),
         "notes": [*cut_notes(subject, text, corpus), *subject.odd_routers],
         **taken.summary(),
     }

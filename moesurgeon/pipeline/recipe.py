@@ -18,8 +18,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moesurgeon.pipeline.options import HealSpec, Running, SampleSpec, Text
+from moesurgeon.pipeline.options import HealSpec, Running, SampleSpec
 from moesurgeon.pipeline.prune_spec import PruneSpec
+from moesurgeon.pipeline.text_roles import RoleText
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.targets import Adapt, Kind
@@ -110,7 +111,7 @@ class Step(BaseModel):
 
 
 class Recipe(BaseModel):
-    """``text`` is what profiles, recovery and evaluations read; ``report_tokens`` bounds the last.
+    """``text`` is what profiles, healing, recovery and evaluations read; ``report_tokens`` bounds the last.
 
     ``gate``: a condition on the evaluation of the result against the original (``evaluation.gate``).
     """
@@ -118,11 +119,17 @@ class Recipe(BaseModel):
     model_config = _STRICT
 
     checkpoint: str
-    text: Text = Text()
+    text: RoleText = RoleText()
     running: Running = Running()
     report_tokens: _Tokens = 65536
     gate: str | None = None
     steps: tuple[Step, ...]
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Recipe:
+        if self.text.problem:
+            raise ValueError(f"text: {self.text.problem}")
+        return self
 
     @model_validator(mode="after")
     def _has_profiles(self) -> Recipe:

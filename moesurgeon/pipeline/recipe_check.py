@@ -13,7 +13,7 @@ from moesurgeon.engine import device
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.evaluate import EvaluateSpec, needs_intervals, read_gate, refuse_unknown_intervals
 from moesurgeon.pipeline.heal import check_heal
-from moesurgeon.pipeline.options import HealSpec, Text, Writing
+from moesurgeon.pipeline.options import HealSpec, Writing
 from moesurgeon.pipeline.prune_spec import PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.recipe import Recipe, Step
 from moesurgeon.pipeline.recover_adapter import refuse_adapter
@@ -39,9 +39,11 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
     refuse_unusable(output, overwrite=True, sources=(subject.root,))
     device.place(recipe.running.device, recipe.running.dtype, subject.stored_dtype)
     window_length(subject, recipe.text)
-    trace_specs(recipe.text)
+    trace_specs(recipe.text.calibrating)
+    reported = recipe.text.reported(recipe.report_tokens)
+    trace_specs(reported)
     if recipe.gate:
-        read_gate(subject, recipe.text, EvaluateSpec(gates=(recipe.gate,)), has_teacher=True)
+        read_gate(subject, reported, EvaluateSpec(gates=(recipe.gate,)), has_teacher=True)
     anatomy = subject.anatomy
     own: list[str] = []
     for step in recipe.steps:
@@ -75,17 +77,16 @@ def refuse_impossible(recipe: Recipe, output: Path) -> None:
 
 def _refuse_unknown_intervals(subject: Subject, recipe: Recipe) -> None:
     """Raise UsageError if a gate needs an interval and its text, which is read for that, is one document."""
-    gate = read_gate(subject, recipe.text, EvaluateSpec(gates=(recipe.gate,) if recipe.gate else ()), has_teacher=True)
+    text = recipe.text.reported(recipe.report_tokens)
+    gate = read_gate(subject, text, EvaluateSpec(gates=(recipe.gate,) if recipe.gate else ()), has_teacher=True)
     if needs_intervals(gate):
-        text = recipe.text.even(split=recipe.text.split or "report", max_tokens=recipe.report_tokens)
         refuse_unknown_intervals(gate, read_text(subject, text, builtin_split="report"), has_teacher=True)
     is_sampled = False
     for step in recipe.steps:
         is_sampled = is_sampled or step.sample is not None
         heal = step_on(recipe, step).heal
         if step.prune and step.prune.gates and heal is not None and not is_sampled:  # samples are not there yet
-            judging = Text(traces=heal.traces, length=heal.length)
-            gate = read_gate(subject, judging, EvaluateSpec(gates=step.prune.gates), has_teacher=True)
+            gate = read_gate(subject, heal.judging, EvaluateSpec(gates=step.prune.gates), has_teacher=True)
             if needs_intervals(gate):
                 corpus = read_text(subject, heal.judging, builtin_split="validation")
                 refuse_unknown_intervals(gate, corpus, has_teacher=True)
@@ -133,7 +134,8 @@ def step_on(recipe: Recipe, step: Step, own: Sequence[str] = ()) -> Step:
         return step
     heal = replace(
         step.heal,
-        traces=(*(step.heal.traces or recipe.text.traces), *own),
+        traces=(*(step.heal.traces or recipe.text.calibrating.traces), *own),
+        validation=step.heal.validation or recipe.text.validation or (),
         length=step.heal.length or recipe.text.length,
         teacher=step.heal.teacher or recipe.checkpoint,
     )

@@ -14,27 +14,29 @@ from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.text import read_text, trace_specs, window_length
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.traces.document_hashes import Hashes, documents_of
+from moesurgeon.traces.documents import Split
 
 
 def healing_documents(recipe: Recipe, subject: Subject) -> Hashes:
     """Return the hashes of the documents that calibrate in a step; what ``sample`` will write is not among them."""
     found: set[str] = set()
-    for text, schedule in _texts(recipe):
+    for text, schedule, own_split in _texts(recipe):
         if recipe.text.split is None and all(spec.builtin for spec in trace_specs(text)):
             continue  # their splits share no document
-        corpus = read_text(subject, text, builtin_split="calibration", own_split="train")
+        corpus = read_text(subject, text, builtin_split="calibration", own_split=own_split)
         if schedule is not None:
             corpus = schedule.needed(corpus, window_length(subject, text))
         found |= documents_of(corpus)
     return frozenset(found)
 
 
-def _texts(recipe: Recipe) -> Iterator[tuple[Text, Schedule | None]]:
-    """Yield what the steps read to calibrate, of a recovery with its length."""
+def _texts(recipe: Recipe) -> Iterator[tuple[Text, Schedule | None, Split]]:
+    """Yield what the steps read to calibrate, of a recovery with its length, and the split of a user's files."""
     for step in recipe.steps:
         if heal := step_on(recipe, step).heal:
             chooses = step.prune is not None and step.prune.criterion == HEALED
             if heal.method != "none" or heal.merge or chooses:
-                yield heal.text, None
+                yield heal.text, None, "all" if heal.validation else "train"
         if step.recover:
-            yield replace(recipe.text, max_tokens=step.recover.max_tokens), step.recover.schedule
+            text = replace(recipe.text.calibrating, max_tokens=step.recover.max_tokens)
+            yield text, step.recover.schedule, "all" if recipe.text.validation else "train"

@@ -21,6 +21,7 @@ from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.whole import filled
 from moesurgeon.errors import CheckpointError, InputError, NothingToDo, UsageError
 from moesurgeon.healing.planned import plan_healed
+from moesurgeon.pipeline.healing_text import recovery_text, say_amounts
 from moesurgeon.pipeline.known_text import record_of, refuse_known_validation
 from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.recover_adapter import beside, refuse_adapter
@@ -34,7 +35,7 @@ from moesurgeon.pipeline.recover_teacher import (
     tokens_digest,
 )
 from moesurgeon.pipeline.subject import Subject, open_subject
-from moesurgeon.pipeline.text import MORE, read_text, window_length
+from moesurgeon.pipeline.text import window_length
 from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import SILENT, Progress
@@ -58,7 +59,8 @@ PATIENCE = timedelta(days=1)
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverSpec:
-    """``teacher``: the unedited checkpoint. ``heldout_tokens`` bounds the text that judges.
+    """``teacher``: the unedited checkpoint. ``heldout_tokens`` bounds the text that judges, which is of the traces
+    ``validation`` if there are any.
 
     ``adapt``: what is trained, routers through an ``adapter`` of this kind; ``changed``: of experts only those whose
     traffic differs from the teacher's by more than this share of it. ``cache``: where to keep what a teacher said
@@ -68,6 +70,7 @@ class RecoverSpec:
     """
 
     teacher: str
+    validation: tuple[str, ...] = ()
     adapt: tuple[Adapt, ...] = ("experts-all",)
     adapter: Kind = "lora"
     losses: Losses = field(default_factory=Losses)
@@ -108,10 +111,8 @@ def recover(
     fitting = fits(subject.anatomy, placement, spec.adapt, spec.losses, spec.schedule, running)
     streamed = spec.streamed or not ranks.least(fitting)  # all stream or none does
     length = window_length(subject, text)
-    pool = read_text(subject, text, builtin_split="calibration", own_split="train", remedy=MORE, progress=progress)
+    pool, heldout = recovery_text(subject, text, spec.validation, spec.heldout_tokens, progress)
     corpus = spec.schedule.needed(pool, length)
-    heldout_text = text.even(max_tokens=spec.heldout_tokens, split="validation")
-    heldout = read_text(subject, heldout_text, builtin_split="validation", remedy=MORE)
     refuse_known_validation(subject, heldout)
     experts = _experts(subject, teacher, spec)
     report: dict[str, Any] = {
@@ -123,6 +124,7 @@ def recover(
         "heldout_tokens": sum(heldout.tokens.values()),
         "domains": dict(corpus.tokens),
         "splits": dict(corpus.splits),
+        "text": say_amounts(corpus, heldout, progress if ranks.is_first else SILENT),
         "placement": str(placement),
         "resident": not streamed,
         "bytes_read_per_step": 0,
@@ -252,7 +254,7 @@ def refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Tex
             raise CheckpointError(
                 f"{router.name} is stored as {router.dtype}; only {', '.join(WRITABLE)} can be trained: convert it"
             )
-    if text.split in ("validation", "all"):
+    if text.split in ("validation", "all") and not spec.validation:
         raise UsageError(
             f"--split {text.split} would train on the text that judges the result; use train or calibration"
         )

@@ -18,6 +18,7 @@ from moesurgeon import launched
 from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.errors import InputError, NothingToDo, OutputError, UsageError
 from moesurgeon.pipeline.heal import healed
+from moesurgeon.pipeline.healing_text import planned
 from moesurgeon.pipeline.journal import write_whole
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
 from moesurgeon.pipeline.recover import RecoverSpec, digest_of, recover, refuse_spec
@@ -52,6 +53,7 @@ def recover_layers(
         length=text.length,
         split=text_split,
         sample=text.sample,
+        validation=spec.validation,
     )
     subject, teacher = open_subject(source), open_subject(spec.teacher)
     refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
@@ -100,7 +102,8 @@ def _layers_alone(
     plan = identity(subject.anatomy)
     refuse_layout(plan, subject, writing)
     if writing.dry_run:
-        return {"healing": [], "healed": {"planned": asdict(heal)}, "dry_run": True, "output": str(writing.output)}
+        found = planned(subject, heal, progress)
+        return {"healing": [], "healed": found, "dry_run": True, "output": str(writing.output)}
     with healed(plan, subject, heal, running, progress) as (better, report):
         if not report["kept"] and not writing.allow_noop:
             raise NothingToDo(

@@ -22,7 +22,7 @@ from moesurgeon.pipeline.foresight import Foresight
 from moesurgeon.pipeline.inspect import inspect
 from moesurgeon.pipeline.journal import NAME as JOURNAL
 from moesurgeon.pipeline.journal import append, write_whole
-from moesurgeon.pipeline.options import Text, Writing
+from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
 from moesurgeon.pipeline.recipe import Recipe, RecoverStep, Step
@@ -36,7 +36,6 @@ from moesurgeon.pipeline.sample import sample
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.traces.document_hashes import Hashes
-from moesurgeon.traces.documents import Split
 
 _FIGURES = "figures.json"
 _ENTROPY_TOKENS = 12288  # for a stage's utilisation figures; a cut is decided on the profile step's own
@@ -119,7 +118,7 @@ def _prepared(recipe: Recipe, step: Step, current: str, place: Path, own: list[s
         _log(folder, {"stage": step.name, **drawn, "path": str(path.relative_to(folder))})
         return None
     assert step.profile is not None
-    text = replace(recipe.text, split=recipe.text.split or "calibration", max_tokens=step.profile.max_tokens)
+    text = recipe.text.profiled(step.profile.max_tokens)
     profile(current, ProfileOutput(output=place, inner=step.profile.inner), text, recipe.running, progress)
     _log(folder, {"stage": step.name, "profile": str(place.relative_to(folder))})
     return place
@@ -128,11 +127,6 @@ def _prepared(recipe: Recipe, step: Step, current: str, place: Path, own: list[s
 def _log(folder: Path, entry: Mapping[str, Any]) -> None:
     with writing(folder):
         append(folder / JOURNAL, entry)
-
-
-def _text(recipe: Recipe, split: Split, max_tokens: int | None) -> Text:
-    """Return the recipe's text to measure on: what calibrates is not what is reported on."""
-    return recipe.text.even(split=recipe.text.split or split, max_tokens=max_tokens)
 
 
 def _write(
@@ -155,8 +149,12 @@ def _write(
         return prune(current, spec, Writing(output=target), progress, recipe.running)
     assert step.recover is not None
     given = set(RecoverStep.model_fields) & {field.name for field in fields(RecoverSpec)}
-    spec_ = RecoverSpec(teacher=recipe.checkpoint, **{name: getattr(step.recover, name) for name in given})
-    text = replace(recipe.text, max_tokens=step.recover.max_tokens)
+    spec_ = RecoverSpec(
+        teacher=recipe.checkpoint,
+        validation=recipe.text.validation or (),
+        **{name: getattr(step.recover, name) for name in given},
+    )
+    text = replace(recipe.text.calibrating, max_tokens=step.recover.max_tokens)
     writing = Writing(output=target, allow_noop=step.recover.allow_noop)
     return recover(current, spec_, text, recipe.running, writing, progress)
 
@@ -175,12 +173,12 @@ def _measured(
     facts = inspect(checkpoint)
     against = None if stage == "original" else recipe.checkpoint
     spec = EvaluateSpec(gates=(recipe.gate,) if against and recipe.gate else (), left_out=healing)
-    text = _text(recipe, "report", recipe.report_tokens)
+    text = recipe.text.reported(recipe.report_tokens)
     quality = evaluate(checkpoint, against, text, recipe.running, progress, spec)
     usage = profile(
         checkpoint,
         ProfileOutput(output=usage_folder),
-        _text(recipe, "calibration", _ENTROPY_TOKENS),
+        replace(recipe.text.profiled(_ENTROPY_TOKENS), budgets={}, weights={}),
         recipe.running,
         progress,
     )
@@ -220,7 +218,7 @@ def _bare(
     """Return ``bare``: the figures of a step that healed without its healing; of other steps nothing."""
     if report.get("healed", {}).get("method", "none") == "none":
         return {}
-    text = _text(recipe, "report", recipe.report_tokens)
+    text = recipe.text.reported(recipe.report_tokens)
     found = bare_figures(source, step, report, text, recipe.running, progress, left_out=healing)
     return {"bare": {**found, "perplexity_ratio": found["perplexity"] / original["perplexity"]}}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from moesurgeon.pipeline.choice import choose
+from moesurgeon.pipeline.healing_text import planned as planned_healing
 from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.prune_spec import HEALED, PruneSpec
 from moesurgeon.pipeline.stage_state import heal_of, of_count
@@ -41,7 +42,7 @@ def planned(
         "criterion": spec.criterion or "reap",
         "stages": stages,
         "healing": [],
-        "healed": {"planned": asdict(heal_of(spec))},
+        "healed": planned_healing(subject, heal_of(spec), progress),
         "warnings": warnings,
         **finish(identity(subject.anatomy), subject, replace(writing, allow_noop=True), progress),
     }

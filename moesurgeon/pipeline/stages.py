@@ -29,7 +29,7 @@ from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.heal import Healer, healer
 from moesurgeon.pipeline.healed_choice import settled
 from moesurgeon.pipeline.known_text import counted
-from moesurgeon.pipeline.options import Running, Text, Writing
+from moesurgeon.pipeline.options import Running, Writing
 from moesurgeon.pipeline.prune_spec import HEALED, PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.stage_folder import StageFolder, stage_folder
 from moesurgeon.pipeline.stage_plan import planned
@@ -56,8 +56,7 @@ def prune_in_stages(
         raise UsageError(f"--run {spec.run} overlaps with the source or the output; name a folder of its own")
     heal = heal_of(spec)
     refuse_without_healing(spec.criterion, heal)
-    text = Text(traces=heal.traces, length=heal.length)
-    gate = read_gate(subject, text, EvaluateSpec(gates=spec.gates), has_teacher=True)
+    gate = read_gate(subject, heal.judging, EvaluateSpec(gates=spec.gates), has_teacher=True)
     counts = _by_file(subject, spec) or counts_of(anatomy, spec)
     if writing.layout is not None:  # what it refuses, before the work
         plan_layout(anatomy, writing.layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from moesurgeon.engine.model import context_length
 from moesurgeon.errors import CheckpointError, UsageError
@@ -22,9 +23,6 @@ from moesurgeon.traces.tokenizer import load_tokenizer
 from moesurgeon.traces.windows import Corpus, EmptySplit, load_corpus
 
 _LENGTH = 512
-MORE = "text of one's own heals and judges from two documents on (the calibration split from four); give more"
-"""What to do about a trace of which no document is left to judge."""
-
 _ANOTHER_SPLIT = "give more documents, or name another split"
 _CUT = 0.5  # share of the tokens in documents longer than a window from which it is said
 
@@ -66,9 +64,9 @@ def read_text(
                 excluded=excluded,
             )
         except EmptySplit as error:
-            raise error.with_remedy(remedy) from error
+            raise EmptySplit.of(error.problem, remedy) from error
         corpus = counted_once(replace(corpus, chat_template=template.sha256))
-    for note in (*_lone_text_notes(specs, splits), *corpus.notes):
+    for note in (*_lone_text_notes(specs, splits), *_file_notes(corpus), *corpus.notes):
         progress.note(f"note: {note}")
     highest = max(int(window.tokens.max()) for window in corpus.windows)
     if highest >= (known := count_of(subject.anatomy.config, "vocab_size", highest + 1)):
@@ -87,6 +85,21 @@ def _lone_text_notes(specs: Sequence[TraceSpec], splits: Sequence[Split]) -> lis
         for spec, split in zip(specs, splits, strict=True)
         if split != "all" and is_lone_text(spec)
     ]
+
+
+def _file_notes(corpus: Corpus) -> list[str]:
+    """Return a line about each trace of several files: how many of them were read."""
+    return [
+        f"{domain}: {len(files.names)} of {files.of} files were read ({', '.join(files.names[:3])}"
+        f"{', ...' if len(files.names) > 3 else ''})"
+        for domain, files in corpus.files.items()
+        if files.of > 1
+    ]
+
+
+def file_facts(corpus: Corpus) -> dict[str, dict[str, Any]]:
+    """Return by domain which of the user's files were read, as reports have it."""
+    return {domain: files.as_dict() for domain, files in corpus.files.items()}
 
 
 def cut_notes(subject: Subject, text: Text, corpus: Corpus) -> list[str]:

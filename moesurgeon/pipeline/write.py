@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +96,14 @@ def finish_healed(
     if heal is None or plan.changes_nothing:
         return {"healing": [], **finish(plan, subject, writing, progress)}
     from moesurgeon.pipeline.heal import check_heal, healed  # needs the running model, which nothing else here does
+    from moesurgeon.pipeline.healing_text import planned
 
     check_heal(heal)
     if heal.merge and plan.result(subject.anatomy).experts == subject.anatomy.experts:
         raise UsageError("merging folds experts that are pruned into those that stay, and none is pruned: leave it out")
     refuse_layout(plan, subject, writing)
     if writing.dry_run:
-        return {"healing": [], "healed": {"planned": asdict(heal)}, **finish(plan, subject, writing, progress)}
+        return {"healing": [], "healed": planned(subject, heal, progress), **finish(plan, subject, writing, progress)}
     with healed(plan, subject, heal, running, progress, opened) as (better, report):
         layers = report.pop("layers")
         return {"healing": layers, "healed": report, **finish(better, subject, writing, progress)}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
+from moesurgeon.evaluation.decidable import gap_between
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.closed import Sums, closed
 from moesurgeon.recovery.counted import Counted
@@ -70,6 +71,8 @@ def train(
         counted = Counted(training, heldout, teacher)
         with progress.task("recovering", counted.total, "steps") as advance:
             run = _Run(counted.of(steps, advance), teacher, text, training)
+            if warning := gap_between(run.before.measured, run.before.sums, run.teacher_sums).warning:
+                progress.note(f"note: {warning}")
             return run.result(store, log or Log())
 
 

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moesurgeon.errors import TraceError
 from moesurgeon.traces.formats import READERS, reader_of
 
+_MOST_NAMES = 20
+
 READABLE = f"a {', '.join(READERS)} file, a folder of them or one saved by datasets"
+
+
+@dataclass(frozen=True, slots=True)
+class FilesRead:
+    """Which files of a trace were read, by their ``names`` relative to it, and ``of`` how many."""
+
+    names: tuple[str, ...]
+    of: int
+
+    @classmethod
+    def below(cls, location: Path, opened: Sequence[Path], of: int) -> FilesRead:
+        """Return it for the files that were ``opened`` of the trace at ``location``."""
+        names = [file.name if file == location else file.relative_to(location).as_posix() for file in opened]
+        return cls(tuple(names), of)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as reports have it, with 20 names at most."""
+        return {"read": len(self.names), "of": self.of, "names": list(self.names[:_MOST_NAMES])}
 
 
 def files_of(path: Path) -> list[Path]:

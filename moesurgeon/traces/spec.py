@@ -1,7 +1,8 @@
 """Which text to read: the command line form ``[NAME=]LOCATION[:COLUMN]`` and what it stands for.
 
-LOCATION is ``builtin:NAME``, a file, a folder of files, or a folder saved by ``datasets``. Each trace
-is one domain of the results, so its name is in every table and every artefact.
+LOCATION is ``builtin:NAME``, a file, a folder of files, or a folder saved by ``datasets``; ``FOLDER/*`` stands for
+one of these for each entry of the folder. Each trace is one domain of the results, so its name is in every table and
+every artefact.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from pathlib import Path
 
 from moesurgeon.errors import TraceError, UsageError
 from moesurgeon.traces.builtin import BUILTIN_TRACES
+from moesurgeon.traces.files import READABLE, is_trace, unreadable
 
 _BUILTIN = "builtin:"
 _ALL = "builtin:all"
+_EACH = re.compile(r"(.+)/\*(:[^/]*)?", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # safe in file names, JSON keys and gate expressions
 RESERVED = {
     "all": "tables show all domains together under it",
@@ -72,11 +75,12 @@ def parse_trace(text: str) -> TraceSpec:
 def parse_traces(texts: Sequence[str]) -> tuple[TraceSpec, ...]:
     """Return the traces that ``texts`` ask for, in order; ``builtin:all`` stands for all of those.
 
-    Raises what :func:`parse_trace` raises, and UsageError if two traces have the same domain.
+    ``FOLDER/*`` stands for its sub-folders and readable files, each of them a domain. Raises what
+    :func:`parse_trace` raises, and UsageError if two traces have the same domain.
     """
     expanded: list[str] = []
     for text in texts:
-        expanded += [_BUILTIN + name for name in BUILTIN_TRACES] if text == _ALL else [text]
+        expanded += [_BUILTIN + name for name in BUILTIN_TRACES] if text == _ALL else _each(text)
     specs: dict[str, TraceSpec] = {}
     for text in expanded:
         spec = parse_trace(text)
@@ -87,6 +91,29 @@ def parse_traces(texts: Sequence[str]) -> tuple[TraceSpec, ...]:
             )
         specs[spec.domain] = spec
     return tuple(specs.values())
+
+
+def _each(text: str) -> list[str]:
+    """Return the traces that ``FOLDER/*[:COLUMN]`` stands for; of anything else itself."""
+    found = _EACH.fullmatch(text)
+    if found is None or _exists(text):
+        return [text]
+    folder, column = Path(found[1]).expanduser(), found[2] or ""
+    if not _exists(found[1]) and _exists(found[1].partition("=")[2]):
+        raise UsageError(f"{text!r} stands for several domains and cannot have one name: leave out NAME=")
+    try:
+        if not folder.is_dir():
+            raise TraceError(f"{folder}: no such folder: give FOLDER/* for each of its sub-folders and files")
+        children = [
+            child
+            for child in sorted(folder.iterdir())
+            if is_trace(child, folder) or (child.is_dir() and not child.name.startswith("."))
+        ]
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    if not children:
+        raise TraceError(f"{folder}: a folder without traces: give {READABLE}")
+    return [f"{child}{column}" for child in children]
 
 
 def _locate(text: str) -> tuple[str, str | None] | None:

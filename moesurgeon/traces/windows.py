@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from moesurgeon.errors import TraceError, UsageError
 from moesurgeon.traces.budgets import SHORTEST, shares_of
 from moesurgeon.traces.documents import Document, Split
+from moesurgeon.traces.files import FilesRead, files_of
 from moesurgeon.traces.left_out import Excluded, LeftOut, none_left
 from moesurgeon.traces.sampling import Sizes, sampled, small_batches
 from moesurgeon.traces.sources import Reading, Usable, documents_in, read_documents
@@ -73,6 +75,7 @@ class Corpus:
     documents: dict[str, tuple[str, ...]] = field(default_factory=dict)  # per domain: keys, by Window.document
     catalogues: dict[str, Catalogue] = field(default_factory=dict)  # per domain: more about these documents
     left_out: dict[str, LeftOut] = field(default_factory=dict)  # per domain: documents that were passed over
+    files: dict[str, FilesRead] = field(default_factory=dict)  # per domain of a user's files
     notes: tuple[str, ...] = ()  # what the user should know of how the traces were read
     chat_template: str | None = None  # sha256 of the template that made text of chats, if there were any
 
@@ -116,7 +119,8 @@ def load_corpus(
     usable = _is_usable(tokenize)
     for spec, split in zip(specs, splits, strict=True):
         share = shares[spec.domain]
-        documents: Iterable[Document] = read_documents(spec, split, render, usable=usable)
+        opened: list[Path] = []
+        documents: Iterable[Document] = read_documents(spec, split, render, usable=usable, opened=opened)
         left_out = corpus.left_out[spec.domain] = LeftOut()
         if excluded is not None:
             documents = left_out.passing(documents, excluded, _usable(tokenize, length, share))
@@ -134,6 +138,9 @@ def load_corpus(
         corpus.splits[spec.domain] = split
         corpus.documents[spec.domain] = tuple(catalogue.keys)
         corpus.catalogues[spec.domain] = catalogue
+        if spec.builtin is None:
+            location = Path(spec.location)
+            corpus.files[spec.domain] = FilesRead.below(location, opened, len(files_of(location)))
     return corpus
 
 
@@ -218,17 +225,18 @@ def _no_text(spec: TraceSpec, split: Split, count: int | None) -> TraceError:
     """Return what is wrong with a trace of ``count`` usable documents (None: not counted) that gave no window."""
     if not count or split == "all":
         return TraceError(f"{spec.location} holds no text of at least {SHORTEST} tokens: give another trace")
-    return EmptySplit(spec, split, count)
+    documents = "one document" if count == 1 else f"{count} documents"
+    return EmptySplit.of(f"{spec.location} has {documents}, and none is left for its {split} split")
 
 
 class EmptySplit(TraceError):
-    """A trace has too few documents for one of them to be in its ``split``; ``remedy`` says what the user can do."""
+    """A trace has too few documents for one of them to be in the split that is asked for."""
 
-    def __init__(self, spec: TraceSpec, split: Split, count: int, remedy: str = "give more documents") -> None:
-        documents = "one document" if count == 1 else f"{count} documents"
-        super().__init__(f"{spec.location} has {documents}, and none is left for its {split} split: {remedy}")
-        self.spec, self.split, self.count = spec, split, count
+    problem = ""
 
-    def with_remedy(self, remedy: str) -> EmptySplit:
-        """Return the same error with another ``remedy``."""
-        return EmptySplit(self.spec, self.split, self.count, remedy)
+    @classmethod
+    def of(cls, problem: str, remedy: str = "give more documents") -> EmptySplit:
+        """Return the error that says the ``problem``, and what the user can do."""
+        error = cls(f"{problem}: {remedy}")
+        error.problem = problem
+        return error

@@ -53,6 +53,9 @@ def succeeded(*arguments: str | Path) -> Outcome:
     return outcome
 
 
+_AMOUNTS = ("calibration text: ", "validation text: ")
+
+
 def refused(code: int, *arguments: str | Path, says: tuple[str, ...] = ()) -> str:
     """Run the command line in this process; it has to refuse with ``code`` and one line, which is returned.
 
@@ -68,11 +71,15 @@ def refused(code: int, *arguments: str | Path, says: tuple[str, ...] = ()) -> st
 
 
 def one_line(outcome: Outcome, code: int, *says: str) -> str:
-    """Check that an outcome is an error in a single line with ``says`` in it, and return the line."""
+    """Check that an outcome is an error in a single line with ``says`` in it, and return the line.
+
+    How much text heals and judges may be said before it: that is said before the work begins.
+    """
     assert outcome.code == code, f"exit code {outcome.code}: {outcome.err}"
     assert "Traceback" not in outcome.err
-    assert outcome.err.startswith("moesurgeon: ") and len(outcome.err.splitlines()) == 1, outcome.err
-    message = outcome.err.strip().removeprefix("moesurgeon: ")
+    lines = [line for line in outcome.err.splitlines() if not line.startswith(_AMOUNTS)]
+    assert len(lines) == 1 and lines[0].startswith("moesurgeon: "), outcome.err
+    message = lines[0].strip().removeprefix("moesurgeon: ")
     for part in says:
         assert part in message, f"{part!r} is not in {message!r}"
     return message

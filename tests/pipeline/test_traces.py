@@ -165,3 +165,18 @@ def test_a_lone_text_file_is_said_to_be_divided(tmp_path: Path) -> None:
     spec = ("evaluate", "builtin:tiny-mixtral", "-t", path, *TINY)
     assert "one text file" not in succeeded(*spec).err
     assert "book.txt is one text file, whose passages are dealt out" in succeeded(*spec, "--split", "report").err
+
+
+def test_which_files_were_read_is_said(tmp_path: Path, out: Path) -> None:
+    for kind in ("a", "b"):
+        (tmp_path / "kinds" / kind).mkdir(parents=True)
+        for number in range(30 if kind == "a" else 1):
+            texts = [f"{kind} text {number} of some words and more " * 3 + str(row) for row in range(4)]
+            _rows(tmp_path / "kinds" / kind / f"{number:02d}.jsonl", texts)
+    given = ("profile", "builtin:tiny-mixtral", "-o", out, "-t", f"{tmp_path}/kinds/*")
+    report = succeeded(*given, "--max-tokens", "100000", "--json").json
+    assert report["files"]["b"] == {"read": 1, "of": 1, "names": ["00.jsonl"]}
+    assert (report["files"]["a"]["read"], report["files"]["a"]["of"]) == (30, 30)
+    assert report["files"]["a"]["names"] == [f"{number:02d}.jsonl" for number in range(20)]
+    done = succeeded("evaluate", "builtin:tiny-mixtral", "-t", f"{tmp_path}/kinds/*", *TINY)
+    assert re.search(r"a: \d+ of 30 files were read \(00.jsonl, ", done.err) and "b: " not in done.err

@@ -110,3 +110,24 @@ def test_two_traces_of_one_name_need_names(texts: list[str]) -> None:
     with pytest.raises(UsageError, match="NAME=") as caught:
         parse_traces(texts)
     assert "\n" not in str(caught.value)
+
+
+def test_a_star_stands_for_each_entry_of_a_folder(tmp_path: Path) -> None:
+    for name in ("kinds/code/a.jsonl", "kinds/chat/b.txt", "kinds/logs.jsonl", "kinds/.hidden/c.txt", "kinds/README.md",
+                 "kinds/info.json", "kinds/notes.pdf"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    specs = parse_traces([f"{tmp_path}/kinds/*", "builtin:json"])
+    assert [spec.domain for spec in specs] == ["chat", "code", "logs", "json"]
+    assert specs[1].location == str(tmp_path / "kinds" / "code")
+    assert {spec.column for spec in parse_traces([f"{tmp_path}/kinds/*:body"])} == {"body"}
+    with pytest.raises(UsageError, match="several domains and cannot have one name: leave out NAME="):
+        parse_traces([f"x={tmp_path}/kinds/*"])
+    with pytest.raises(TraceError, match="gone: no such folder"):
+        parse_traces([f"{tmp_path}/gone/*"])
+    (tmp_path / "kinds" / "logs").mkdir()
+    with pytest.raises(UsageError, match="two traces are called 'logs'"):
+        parse_traces([f"{tmp_path}/kinds/*"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TraceError, match="empty: a folder without traces"):
+        parse_traces([f"{tmp_path}/empty/*"])
