@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from moesurgeon.errors import InputError
 from moesurgeon.pipeline.recipe import Recipe
+from moesurgeon.pipeline.recipe_paths import located
 from moesurgeon.pipeline.recipe_text import RecipeText, read_recipe_text
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
@@ -37,9 +38,10 @@ def recipe_of(text: RecipeText) -> Recipe:
     """Return the recipe that ``text`` stands for; InputError with the first thing that is wrong."""
     try:
         # As JSON: there a list is a tuple and text is a path, and yet true is no number and "3" is none.
-        return Recipe.model_validate_json(json.dumps(_with_defaults(text.value)), strict=True)
+        recipe = Recipe.model_validate_json(json.dumps(_with_defaults(text.value)), strict=True)
     except ValidationError as error:
         raise InputError(_what_is_wrong(error.errors(include_url=False)[0], text)) from error
+    return located(recipe, text)
 
 
 def _with_defaults(value: Any) -> Any:

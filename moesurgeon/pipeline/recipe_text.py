@@ -26,6 +26,10 @@ _ODD = {  # what YAML takes plain words for, to everybody's surprise
 }
 
 
+Place = Sequence[str | int]
+"""Keys and numbers that lead to a value, from the outermost on."""
+
+
 class _Loader(yaml.SafeLoader):
     """``yaml.SafeLoader``, which also knows 1e-4 and 1.5e3 for numbers, as YAML 1.2 does."""
 
@@ -45,7 +49,7 @@ class RecipeText:
     value: Any
     node: yaml.Node | None
 
-    def at(self, keys: Sequence[str | int], *, key: bool = False) -> str:
+    def at(self, keys: Place, *, key: bool = False) -> str:
         """Return file, line and column of what is under ``keys``, as far as there is such; ``key``: of its last key."""
         node, mark = self.node, self.node.start_mark if self.node else None
         for name in keys:

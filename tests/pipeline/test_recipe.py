@@ -55,7 +55,9 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
         """,
     )
     assert recipe.checkpoint == "hf://org/name"
-    assert recipe.text == Text(traces=("a.jsonl", "code=b.txt"), split="calibration", max_tokens=1000, length=128)
+    assert recipe.text == Text(
+        traces=(f"{tmp_path}/a.jsonl", f"code={tmp_path}/b.txt"), split="calibration", max_tokens=1000, length=128
+    )
     assert recipe.running == Running(device="cpu", dtype="float32")
     assert recipe.report_tokens == 2000
     assert [step.name for step in recipe.steps[:2]] == ["sample", "sample"]
@@ -67,17 +69,18 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
         "retop", "profile", "prune", "prune", "profile", "prune", "recover"
     ]  # fmt: skip
     assert steps[0].retop is not None and steps[0].retop.spec == RetopSpec(top_k=2)
-    heal = HealSpec(traces=("heal.txt",), method="ridge", teacher="t", max_tokens=900, length=64)
+    healed_on = {"traces": (f"{tmp_path}/heal.txt",), "teacher": f"{tmp_path}/t"}
+    heal = HealSpec(method="ridge", max_tokens=900, length=64, **healed_on)  # type: ignore[arg-type]
     assert steps[0].heal == heal
     distill = HealSpec(heldout_tokens=800, pace=Pace(steps=9, router=True))
     assert steps[2].prune == PruneSpec(keep=6, criterion="ean", seed=3, heal=distill)
     assert steps[2].heal == distill and [step.heal for step in steps[3:]] == [None] * 4
-    assert steps[3].prune == PruneSpec(keep_experts=Path("kept.json"))
+    assert steps[3].prune == PruneSpec(keep_experts=tmp_path / "kept.json")
     assert steps[5].prune == PruneSpec(ratio=0.1, protect=("code=0.3", "low-support"), virtual=True)
     recover = steps[6].recover
     assert recover is not None
     assert recover.losses == Losses(objective="lm", balance=0.5, temperature=2.0, router=0.1, hidden=0.2, z=0.3)
-    assert (recover.adapt, recover.changed, recover.log) == (("full-routers", "experts"), 0.1, Path("steps.csv"))
+    assert (recover.adapt, recover.changed, recover.log) == (("full-routers", "experts"), 0.1, tmp_path / "steps.csv")
     assert recover.schedule == Schedule(
         steps=5, tokens_per_step=64, learning_rate=1e-4, rank=2, judge_every=2, candidates=None, seed=1, patience=3,
         capacity=1.25, recompute=True, expert_rate=0.5, warmup=0.1, clip=2.0,
@@ -178,5 +181,5 @@ def test_recipes_that_come_along(path: Path) -> None:
 def test_retop_can_name_a_profile(tmp_path: Path) -> None:
     recipe = _read(tmp_path, "checkpoint: c\nsteps: [{retop: {top_k: 1, profile: p}}, {retop: {}}]")
     first, second = (step.retop for step in recipe.steps)
-    assert first is not None and first.profile == Path("p") and first.spec.top_k == 1
+    assert first is not None and first.profile == tmp_path / "p" and first.spec.top_k == 1
     assert second is not None and second.profile is None
