@@ -13,8 +13,9 @@ from moesurgeon.checkpoint.header import BLOCK
 from moesurgeon.errors import CheckpointError
 from moesurgeon.progress import Advance
 
-# "This pair of files cannot do that": try the next way. Anything else is a real error.
-_REFUSALS = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+# "This pair of files cannot do that": try the next way. Anything else is a real error. For EIO the last way says
+# which of the two cannot.
+_REFUSALS = {errno.EIO, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 # Short enough for the progress bar to move, Ctrl-C to be heard and the disk to be busy; 64 MiB took 1.1 x as long.
 _STEP = 16 << 20
 # Stays in the cache of a core: with 2 MiB a copy took 1.3 x as long.
@@ -73,7 +74,10 @@ class Appender:
     def _by_read_and_write(self, source: int, offset: int, length: int) -> int:
         if self._buffer is None:
             self._buffer = memoryview(bytearray(_BUFFERED))
-        done = os.preadv(source, [self._buffer[:length]], offset)
+        try:
+            done = os.preadv(source, [self._buffer[:length]], offset)
+        except OSError as error:
+            raise CheckpointError(f"a shard cannot be read ({error.strerror}); copy it from elsewhere") from error
         self.write(self._buffer[:done])
         return done
 

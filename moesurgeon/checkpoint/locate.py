@@ -33,7 +33,10 @@ def locate(text: str) -> Path:
         return known[name]
     if text.startswith(HUB):
         return _download(text.removeprefix(HUB))
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{text} does not exist: there is no such home; give the folder") from error
 
 
 def _download(repository: str) -> Path:

@@ -68,7 +68,12 @@ class ShardReader:
         pieces = []
         while position < end:
             # One pread returns at most 2 GiB on Linux.
-            piece = os.pread(file, min(end - position, 1 << 30), position)
+            try:
+                piece = os.pread(file, min(end - position, 1 << 30), position)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{tensor.shard} cannot be read ({error.strerror}); copy it from elsewhere"
+                ) from error
             if not piece:
                 raise _changed(tensor.shard, "became shorter")
             pieces.append(piece)

@@ -89,8 +89,12 @@ def is_finished(plan: ShardPlan, staging: Path, reader: ShardReader) -> bool:
 def write_finished(plan: ShardPlan, reader: ShardReader, staging: Path, advance: Advance) -> None:
     """Write the shard of ``plan`` into ``staging``, where it gets its name once it is flushed."""
     part = staging / f"{_PART}{threading.get_ident()}"  # several are written at once
-    write_shard(plan, reader, part, advance)
-    part.rename(staging / plan.name)
+    try:
+        write_shard(plan, reader, part, advance)
+        part.rename(staging / plan.name)
+    except BaseException:
+        part.unlink(missing_ok=True)  # half a shard helps nobody, least of all on a full disk
+        raise
 
 
 def discard_state(staging: Path) -> None:

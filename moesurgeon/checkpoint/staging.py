@@ -16,28 +16,33 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from moesurgeon.checkpoint.faults import is_below, path_of, unreadable
 from moesurgeon.checkpoint.install import install, recover_old, sync
+from moesurgeon.checkpoint.replaceable import Kind, refuse_strange
 from moesurgeon.checkpoint.resume import discard_state, finished_shards, open_staging
-from moesurgeon.errors import OutputError, UsageError
+from moesurgeon.errors import CheckpointError, OutputError, UsageError
 
 
 @contextmanager
 def staged(
-    target: Path, *, overwrite: bool, sources: tuple[Path, ...] = (), digest: str | None = None
+    target: Path, kind: Kind, *, overwrite: bool, sources: tuple[Path, ...] = (), digest: str | None = None
 ) -> Iterator[Path]:
     """Yield a folder that becomes ``target`` when the block ends without an exception.
 
     It is empty, or with a ``digest`` (of ``resume.digest_of``) holds the shards that an earlier run with
     the same one has finished. Those stay for the next run after Ctrl-C or an error of the disk.
     A target that exists and is not empty is refused, or with ``overwrite`` replaced after the new one
-    is complete. Raises UsageError for that and for a target in or around a source folder, OutputError
-    if another process writes the same target or the disk refuses.
+    is complete, if it is of this ``kind`` and holds nothing else by then. Raises UsageError for that and for a
+    target in or around a source folder, CheckpointError if a source cannot be read, OutputError if another
+    process writes the same target or the disk refuses.
     """
     target = Path(os.path.abspath(target))
     try:
-        with _staged(target, overwrite=overwrite, sources=sources, digest=digest) as staging:
+        with _staged(target, kind, overwrite=overwrite, sources=sources, digest=digest) as staging:
             yield staging
     except OSError as error:
+        if (path := path_of(error)) is not None and any(is_below(path, source) for source in sources):
+            raise CheckpointError(unreadable(path, error)) from error
         raise OutputError(_disk_trouble(error, target)) from error
     except KeyboardInterrupt as error:
         if waiting := _waiting(target):
@@ -46,8 +51,10 @@ def staged(
 
 
 @contextmanager
-def _staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...], digest: str | None) -> Iterator[Path]:
-    refuse_unusable(target, overwrite=overwrite, sources=sources)
+def _staged(
+    target: Path, kind: Kind, *, overwrite: bool, sources: tuple[Path, ...], digest: str | None
+) -> Iterator[Path]:
+    refuse_unusable(target, kind, overwrite=overwrite, sources=sources)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = _staging(target)
     lock = FileLock(target.with_name(f".{target.name}.moesurgeon.lock"))
@@ -58,15 +65,16 @@ def _staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...], digest:
     try:
         recover_old(target)
         # Again: another writer may have finished meanwhile, or a killed one's old target is back.
-        refuse_unusable(target, overwrite=overwrite, sources=sources)
+        refuse_unusable(target, kind, overwrite=overwrite, sources=sources)
         resumable = False
         try:
             open_staging(staging, digest)
             yield staging
             sync_tree(staging, besides=finished_shards(staging))
+            refuse_unusable(target, kind, overwrite=overwrite)  # what was put there meanwhile is not ours to remove
             discard_state(staging)
             install(staging, target)
-        except (OSError, KeyboardInterrupt):
+        except (OSError, UsageError, KeyboardInterrupt):
             resumable = bool(finished_shards(staging))
             raise
         finally:
@@ -78,31 +86,48 @@ def _staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...], digest:
         lock.release()
 
 
-def refuse_unusable(target: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> None:
+def refuse_unusable(target: Path, kind: Kind, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> None:
     """Raise UsageError if ``target`` may not be written, OutputError if it cannot be.
 
-    For commands to call before long work.
+    For commands to call before long work. With ``overwrite`` only a folder of this ``kind`` may be replaced.
     """
     target = Path(os.path.abspath(target))
     try:
-        _refuse(target, overwrite=overwrite, sources=sources)
+        _refuse(target, kind, overwrite=overwrite, sources=sources)
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise OutputError(_disk_trouble(error, target)) from error
 
 
-def _refuse(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
+def _refuse(target: Path, kind: Kind, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
     for source in sources:
         if _is_in(target, source) or _is_in(source, target):
             raise UsageError(f"the output {target} and the source {source} overlap; choose a folder of its own")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} exists and is not a folder; choose another output")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise UsageError(f"{target} is not empty; choose another folder or add --overwrite")
+    if target.exists() and any(target.iterdir()):
+        if not overwrite:
+            raise UsageError(f"{target} is not empty; choose another folder or add --overwrite")
+        refuse_strange(target, kind)
     parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir():
         raise UsageError(f"{target} cannot be made: {parent} is a file; choose another output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} may not be written to; choose another folder")
+
+
+def refuse_place(folder: Path, option: str) -> None:
+    """Raise UsageError or OutputError now if nothing could be written into ``folder``, the value of ``option``.
+
+    It is made where it is not there; what is in it already stays.
+    """
+    try:
+        there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+        if not there.is_dir():
+            raise UsageError(f"{option} {folder}: {there} is a file; choose another folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OutputError(f"{option} {folder}: {there} may not be written to; choose another folder")
+    except OSError as error:
+        raise OutputError(f"{option} {folder} cannot be made ({error.strerror}); choose another folder") from error
 
 
 def sync_tree(folder: Path, *, besides: Set[Path] = frozenset()) -> None:
@@ -114,14 +139,14 @@ def sync_tree(folder: Path, *, besides: Set[Path] = frozenset()) -> None:
 
 def overlap(one: Path, other: Path) -> bool:
     """Whether one of two folders, which need not be there yet, is the other or would lie in it."""
-    real = one.resolve(), other.resolve()
+    real = Path(os.path.realpath(one)), Path(os.path.realpath(other))
     named = real[0].is_relative_to(real[1]) or real[1].is_relative_to(real[0])
     return named or _is_in(one, other) or _is_in(other, one)
 
 
 def _is_in(inner: Path, outer: Path) -> bool:
     """Whether ``inner`` is ``outer`` or would lie below it, whatever links and mounts lead there."""
-    real = inner.resolve()
+    real = Path(os.path.realpath(inner))  # not resolve(), which raises RuntimeError for links in a circle
     return outer.exists() and any(folder.exists() and folder.samefile(outer) for folder in (real, *real.parents))
 
 

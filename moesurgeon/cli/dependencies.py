@@ -61,6 +61,7 @@ def _methods(heals: Needs) -> dict[str, tuple[Needs, ...]]:
     return {"--heal-steps": (heals, _DISTILLATION), "--heal-rank": (heals, _REFIT)}
 
 
+_STAGED = ("--stages", "--gate", "--search")
 _DISTILLATION = Needs("bounds the distillation, and this method has none", ("--heal-method=distill",))
 _REFIT = Needs("is about the refit, and this method has none", ("--heal-method=ridge|distill",))
 _ROUTER_FIT = Needs("lets healing change the routers, and --heal-method none changes nothing",
@@ -122,18 +123,21 @@ DEPENDENT: Mapping[str, Dependencies] = {
         "--criterion": (
             Needs(
                 "chooses experts, and nothing says how many",
-                ("--keep", "--ratio", "--below", "--stages", "--gate", "--search"),
+                ("--keep", "--ratio", "--below", *_STAGED),
             ),
             Needs("chooses experts, and --keep-experts has chosen", ("no --keep-experts",)),
         ),
         "--seed": (Needs("is for the random criterion", ("--criterion=random",)),),
         "--protect": (
-            Needs("goes by a profile, and there is none", ("--profile", "--stages", "--gate", "--search")),
+            Needs("goes by a profile, and there is none", ("--profile", *_STAGED)),
         ),
         "--explain": (
-            Needs("tells what a profile says of the dropped experts", ("--profile", "--stages", "--gate", "--search")),
+            Needs("tells what a profile says of the dropped experts", ("--profile", *_STAGED)),
         ),
-        "--curve": (Needs("follows from a profile with inner products (profile --inner)", ("--profile",)),),
+        "--curve": (
+            Needs("follows from a profile with inner products (profile --inner)", ("--profile",)),
+            *(Needs(f"is about one cut, and {each} is about several", (f"no {each}",)) for each in _STAGED),
+        ),
         "--curve-plot": (Needs("draws the curves, and none are asked for", ("--curve",)),),
         "--stages": (Needs("judges on text every step", ("--heal",)),),
         "--gate": (Needs("judges on text every step", ("--heal",)),),
@@ -142,7 +146,7 @@ DEPENDENT: Mapping[str, Dependencies] = {
             Needs("looks for the smallest count that passes a gate", ("--gate",)),
         ),
         "--run": (
-            Needs("is where the steps of a cut are kept, and there are none", ("--stages", "--gate", "--search")),
+            Needs("is where the steps of a cut are kept, and there are none", _STAGED),
         ),
         "--merge": (Needs("is decided by what experts do on text", ("--heal",)),),
         **_healing("--heal"),
@@ -163,6 +167,7 @@ DEPENDENT: Mapping[str, Dependencies] = {
         **_all(("--temperature", "--lm"), _TRAINING, _DISTIL),
         "--candidates": (_TRAINING, _ROUTERS, _DISTIL),
     },
+    "profile show": {"--overwrite": (Needs("replaces a file, and none is written", ("--csv", "--plot")),)},
     "evaluate": {
         "--new-tokens": (Needs("is about continuations of prompts, and none are asked for", ("--continuations",)),)
     },

@@ -66,12 +66,7 @@ def answering(as_json: bool, work: Callable[[], None]) -> int:
 def answer(as_json: bool, work: Callable[[Progress], Report], show: Callable[[Report], None]) -> None:
     """Do ``work`` and print its report, as JSON or through ``show``; raises what goes wrong, and Exit where a gate of
     the report failed."""
-    try:
-        report = work(SILENT if as_json or launched.rank() else Bars())
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise typer.Exit(_bug(as_json, error)) from None
+    report = work(SILENT if as_json or launched.rank() else Bars())
     failed = _failed_gate(report)
     try:
         _print(report, None if as_json else show)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from moesurgeon.checkpoint.faults import explained
 from moesurgeon.cli.dependencies import refuse_useless
 from moesurgeon.cli.output import answering
 from moesurgeon.errors import UsageError
@@ -17,8 +19,12 @@ from moesurgeon.errors import UsageError
 _WRONG_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
+WRITTEN = ("output", "per_layer_out", "curve_plot", "run", "cache", "log", "tensorboard", "save_adapter", "csv", "plot")
+"""Parameters that name what a command writes; other paths are read."""
+
+
 class Command(TyperCommand):
-    """A command that refuses options that would be ignored, before it begins."""
+    """A command that refuses options that would be ignored, and says of an error of the system whose file it is."""
 
     def invoke(self, ctx: Any) -> Any:
         options = {parameter.name: parameter for parameter in self.params if parameter.param_type_name == "option"}
@@ -27,7 +33,18 @@ class Command(TyperCommand):
         values = {names[name]: ctx.params.get(name) for name in options}
         metavars = {names[name]: metavar_of(parameter) for name, parameter in options.items()}
         refuse_useless(str(self.name), (names[name] for name in typed), values, metavars)
-        return super().invoke(ctx)
+        written = [Path(ctx.params[name]) for name in WRITTEN if ctx.params.get(name) is not None]
+        for path in written:
+            if str(path).startswith("~"):  # the shell leaves it where there is no such home
+                raise UsageError(f"{path}: there is no such home; name a folder that exists")
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if (known := explained(error, written)) is None:
+                raise RuntimeError(str(error)) from error
+            raise known from error
 
 
 class Commands(TyperGroup):

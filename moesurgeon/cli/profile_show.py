@@ -25,6 +25,7 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Draw heatmaps of experts by layers: .png or .svg; needs matplotlib."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of these names.")] = False,
     json: options.Json = False,
 ) -> None:
     """Show what a profile says: who is used and how surely, who serves what, what would overflow, what looks wrong."""
@@ -32,7 +33,7 @@ def command(
     def work(progress: Progress) -> Report:
         from moesurgeon.pipeline.profile_show import ShowSpec, show
 
-        return show(profile, ShowSpec(layer=layer, table=csv, plot=plot))
+        return show(profile, ShowSpec(layer=layer, table=csv, plot=plot, overwrite=overwrite))
 
     answer(json, work, _show)
 

@@ -16,6 +16,8 @@ def show_written(report: Report) -> None:
     change = f"{size(report['bytes_before'])} -> {size(report['bytes_after'])}"
     if report["dry_run"]:
         print(f"  would write {report['output']}: {change}")
+        if "output_refused" in report:
+            print(f"  note: without --dry-run this would be refused: {report['output_refused']}")
     else:
         linked = f", {report['linked_shards']} linked" if report["linked_shards"] else ""
         resumed = f", {report['resumed_shards']} finished earlier" if report["resumed_shards"] else ""

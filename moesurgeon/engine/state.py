@@ -74,6 +74,7 @@ class WalkState:
                 part.rename(name)
             self._sums(done - 2).unlink(missing_ok=True)  # the last two stay, for a rank that is behind
         except OSError as error:
+            part.unlink(missing_ok=True)
             raise _unkept(self.folder, error) from error
         ranks.least(done)  # wait for all
 

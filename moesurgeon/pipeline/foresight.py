@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesurgeon.errors import OutputError, ProfileError, UsageError
-from moesurgeon.pipeline.journal import write_whole
+from moesurgeon.checkpoint.whole_file import refuse_file, whole_file
+from moesurgeon.errors import ProfileError, UsageError
 from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.profile_match import check_profile
 from moesurgeon.pipeline.subject import Subject
@@ -57,10 +57,8 @@ def refuse_unforeseeable(asked: Foresight, subject: Subject, writing: Writing) -
     for folder in (writing.output.absolute().resolve(), subject.root.resolve()):
         if path.is_relative_to(folder):
             raise UsageError(f"{asked.out} is inside a checkpoint ({folder}); choose another place for it")
-    if not path.parent.is_dir():
-        raise OutputError(f"{asked.out} cannot be written: there is no folder {path.parent}; make it first")
-    if path.is_dir() or (path.exists() and not writing.overwrite):
-        raise UsageError(f"{asked.out} exists; choose another file, or add --overwrite to replace a file")
+    if not writing.dry_run:
+        refuse_file(asked.out, "--per-layer-out", overwrite=writing.overwrite)
 
 
 def foresee(subject: Subject, top_k: int, asked: Foresight, progress: Progress = SILENT) -> dict[str, Any]:
@@ -86,12 +84,10 @@ def foresee(subject: Subject, top_k: int, asked: Foresight, progress: Progress =
     return report
 
 
-def write_divided(path: Path, divided: Mapping[str, Any]) -> None:
+def write_divided(path: Path, divided: Mapping[str, Any], *, overwrite: bool) -> None:
     """Write ``{"top_k": {LAYER: k}}`` of what :func:`foresee` ``divided`` to ``path``."""
-    try:
-        write_whole(path, json.dumps({"top_k": divided["top_k"]}, indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+    with whole_file(path, overwrite=overwrite) as part:
+        part.write_text(json.dumps({"top_k": divided["top_k"]}, indent=2) + "\n", encoding="utf-8")
 
 
 def _collapse(subject: Subject, profile: Profile, top_k: int, path: Path) -> dict[str, Any]:

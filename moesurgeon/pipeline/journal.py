@@ -32,19 +32,5 @@ def entries(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
-    except OSError:  # a full disk: what was written of it helps nobody
-        part.unlink(missing_ok=True)
-        raise
-
-
 def _finished(path: Path) -> int:
     return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import moesurgeon
+from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.engine.device import place
 from moesurgeon.engine.ranks import Ranks, join_ranks
 from moesurgeon.engine.state import WalkState
@@ -22,9 +23,8 @@ from moesurgeon.pipeline.profile_extras import extras
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.text import cut_notes, file_facts, read_text, window_length
 from moesurgeon.pipeline.walking import Ready, ready
-from moesurgeon.pipeline.write import refuse_output
 from moesurgeon.profiling.all_experts import LIKELIEST, InnerSpec
-from moesurgeon.profiling.artefact import FACTS, Origin, Profile, save_profile
+from moesurgeon.profiling.artefact import PROFILE, Origin, Profile, save_profile
 from moesurgeon.profiling.inner import NAME as INNER
 from moesurgeon.profiling.profiler import take_profile
 from moesurgeon.progress import SILENT, Progress
@@ -53,7 +53,7 @@ def profile(
 ) -> dict[str, Any]:
     """Profile ``source`` on the calibration split and write the artefact."""
     subject = open_subject(source)
-    refuse_output(output.output, FACTS, overwrite=output.overwrite, sources=(subject.root,))
+    refuse_unusable(output.output, PROFILE, overwrite=output.overwrite, sources=(subject.root,))
     for odd in subject.odd_routers:  # before the work, so that it can be stopped
         progress.note(f"note: {odd}")
     placement = place(running.device, running.dtype, subject.stored_dtype)

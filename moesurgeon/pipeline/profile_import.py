@@ -6,17 +6,17 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.errors import InputError
 from moesurgeon.pipeline.subject import open_subject
-from moesurgeon.pipeline.write import refuse_output
-from moesurgeon.profiling.artefact import FACTS, Origin, Profile, save_profile
+from moesurgeon.profiling.artefact import PROFILE, Origin, Profile, save_profile
 from moesurgeon.profiling.imported import DOMAIN, imported
 
 
 def import_counts(file: Path, checkpoint: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Read the counts in ``file``, made by serving ``checkpoint``, and write a profile of them."""
     subject = open_subject(checkpoint)
-    refuse_output(output, FACTS, overwrite=overwrite, sources=(subject.root,))
+    refuse_unusable(output, PROFILE, overwrite=overwrite, sources=(subject.root,))
     try:
         content = file.read_bytes()
         text = content.decode("utf-8-sig")

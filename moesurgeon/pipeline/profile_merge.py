@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.errors import UsageError
-from moesurgeon.pipeline.write import refuse_output
-from moesurgeon.profiling.artefact import FACTS, load_profile, save_profile
+from moesurgeon.profiling.artefact import PROFILE, load_profile, save_profile
 from moesurgeon.profiling.merging import merged_profiles
 
 
@@ -16,7 +16,7 @@ def merge(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> di
     """Add up the profiles in ``paths`` and write the sum to ``output``."""
     if len(paths) < 2:
         raise UsageError(f"{paths[0]} alone is nothing to merge; name two profiles or more")
-    refuse_output(output, FACTS, overwrite=overwrite, sources=tuple(paths))
+    refuse_unusable(output, PROFILE, overwrite=overwrite, sources=tuple(paths))
     merged, notes = merged_profiles([(path, load_profile(path)) for path in paths])
     save_profile(merged, output, overwrite=overwrite)
     return {"path": str(output), "merged": [str(path) for path in paths], "notes": notes, **merged.summary()}

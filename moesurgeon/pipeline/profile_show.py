@@ -7,22 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesurgeon.errors import OutputError, UsageError
+from moesurgeon.checkpoint.whole_file import refuse_file, whole_file
+from moesurgeon.errors import UsageError
 from moesurgeon.profiling.artefact import Profile, load_profile
 from moesurgeon.profiling.rows import COLUMNS, coldest, experts_of, spreadsheet
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowSpec:
-    """``layer``: that one expert by expert; ``table``: a CSV file to write; ``plot``: a picture to write."""
+    """``layer``: that one expert by expert; ``table``: a CSV file to write; ``plot``: a picture to write.
+
+    ``overwrite``: replace files of these names.
+    """
 
     layer: int | None = None
     table: Path | None = None
     plot: Path | None = None
+    overwrite: bool = False
 
 
 def show(path: Path, spec: ShowSpec) -> dict[str, Any]:
     """Return the summary of the profile in ``path``; write what ``spec`` asks for."""
+    for option, file in (("--csv", spec.table), ("--plot", spec.plot)):
+        if file is not None:
+            refuse_file(file, option, overwrite=spec.overwrite)
+    if spec.plot is not None:
+        from moesurgeon.report.heatmaps import check_drawable, draw
+
+        check_drawable(spec.plot)  # before the table is written
     profile = load_profile(path)
     statistics = profile.statistics
     if spec.layer is not None and spec.layer not in statistics.layers:
@@ -37,21 +49,16 @@ def show(path: Path, spec: ShowSpec) -> dict[str, Any]:
         _write_table(profile, spec.table)
         report["csv"] = str(spec.table)
     if spec.plot is not None:
-        from moesurgeon.report.heatmaps import draw
-
         draw(profile, spec.plot)
         report["plot"] = str(spec.plot)
     return report
 
 
 def _write_table(profile: Profile, path: Path) -> None:
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(spreadsheet(profile.statistics))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+    with whole_file(path, overwrite=True) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(spreadsheet(profile.statistics))
 
 
 def _ranges(layers: tuple[int, ...]) -> str:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moesurgeon.checkpoint.open import CONFIG_NAME
+from moesurgeon.checkpoint.whole_file import refuse_file
 from moesurgeon.errors import NothingToDo
 from moesurgeon.pipeline.choice import Choice, choose, plan_chosen
 from moesurgeon.pipeline.keep_file import read_kept
@@ -41,6 +41,8 @@ def prune(
 
     Healed, and judged in stages, if ``spec`` says so.
     """
+    if spec.curve_plot is not None:  # drawn in a dry run, too
+        refuse_file(spec.curve_plot, "--curve-plot", overwrite=writing.overwrite)
     subject = open_subject(source)
     anatomy = subject.anatomy
     if writing.layout is not None:  # what it refuses, before the choice
@@ -80,7 +82,7 @@ def _at_once(
 ) -> tuple[dict[str, Any], bool, list[str]]:
     """Return the report, whether the choice names layers for multi-token prediction as well, and what was noted."""
     anatomy = subject.anatomy
-    refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
+    refuse_output(writing, subject.root)
     choice = choose(subject, spec, progress, dry_run=writing.dry_run)
     with ExitStack() as stack:
         opened = None

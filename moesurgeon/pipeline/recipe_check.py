@@ -17,6 +17,7 @@ from moesurgeon.pipeline.options import HealSpec, Writing
 from moesurgeon.pipeline.prune_spec import PruneSpec, refuse_without_healing
 from moesurgeon.pipeline.recipe import Recipe, Step
 from moesurgeon.pipeline.recover_adapter import refuse_adapter
+from moesurgeon.pipeline.run_folder import RUN
 from moesurgeon.pipeline.sample import refuse_unsampled
 from moesurgeon.pipeline.stage_state import counts_of, heal_of
 from moesurgeon.pipeline.subject import Subject, open_subject
@@ -36,7 +37,7 @@ from moesurgeon.surgery.virtual import refuse_without_bias
 def refuse_impossible(recipe: Recipe, output: Path) -> None:
     """Raise now, from headers alone, what a step would raise after the work of those before it."""
     subject = open_subject(recipe.checkpoint)
-    refuse_unusable(output, overwrite=True, sources=(subject.root,))
+    refuse_unusable(output, RUN, overwrite=True, sources=(subject.root,))
     device.place(recipe.running.device, recipe.running.dtype, subject.stored_dtype)
     window_length(subject, recipe.text)
     trace_specs(recipe.text.calibrating)

@@ -14,7 +14,7 @@ from typing import Any
 
 import moesurgeon
 from moesurgeon import launched
-from moesurgeon.checkpoint.open import CONFIG_NAME
+from moesurgeon.checkpoint.staging import refuse_place
 from moesurgeon.engine.device import place
 from moesurgeon.engine.ranks import join_ranks
 from moesurgeon.engine.streams import Overlay, Source, Stream
@@ -101,7 +101,7 @@ def recover(
     of every batch; the first writes.
     """
     subject, teacher = open_subject(source), open_subject(spec.teacher)
-    refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
+    refuse_output(writing, subject.root, teacher.root)
     refuse_other_tokenizer(subject, teacher, progress)
     refuse_spec(subject, teacher, spec, text, writing)
     refuse_adapter(spec.save_adapter, spec.adapt, writing, (subject.root, teacher.root))
@@ -243,6 +243,8 @@ def refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Tex
     if spec.adapter == "adalora":
         refuse_ranks(subject.anatomy, spec.schedule.rank, spec.schedule.steps)
     check_log(spec.log, spec.tensorboard)
+    if spec.cache is not None:
+        refuse_place(spec.cache, "--cache")
     refuse_without_gradient(subject.anatomy, spec.losses, spec.adapt)
     if spec.changed is not None and "experts" not in parts_of(spec.adapt):
         raise UsageError("--changed chooses among experts, and none are trained; add --adapt experts")

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from moesurgeon.checkpoint.staging import overlap, staged
+from moesurgeon.checkpoint.staging import overlap, refuse_unusable, staged
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.options import Writing
-from moesurgeon.pipeline.write import refuse_output
-from moesurgeon.recovery.folder import CONFIG, Adapter, refuse_no_adapter
+from moesurgeon.recovery.folder import ADAPTER, Adapter, refuse_no_adapter
 
 
 def refuse_adapter(folder: Path | None, adapt: Sequence[str], writing: Writing, sources: tuple[Path, ...]) -> None:
@@ -18,7 +17,8 @@ def refuse_adapter(folder: Path | None, adapt: Sequence[str], writing: Writing, 
     if folder is None:
         return
     refuse_no_adapter(adapt)
-    refuse_output(folder, CONFIG, overwrite=writing.overwrite, sources=sources)
+    if not writing.dry_run:
+        refuse_unusable(folder, ADAPTER, overwrite=writing.overwrite, sources=sources)
     if overlap(folder, writing.output):
         raise UsageError(f"--save-adapter {folder} and the output {writing.output} overlap; choose a folder of its own")
 
@@ -32,6 +32,6 @@ def beside(folder: Path | None, adapter: Adapter | None, source: str, writing: W
     if folder is None or adapter is None:
         yield
         return
-    with staged(folder, overwrite=writing.overwrite) as place:
+    with staged(folder, ADAPTER, overwrite=writing.overwrite) as place:
         adapter.save(place, source)
         yield

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from moesurgeon import launched
-from moesurgeon.checkpoint.open import CONFIG_NAME
+from moesurgeon.checkpoint.whole_file import write_whole
 from moesurgeon.errors import InputError, NothingToDo, OutputError, UsageError
 from moesurgeon.pipeline.heal import healed
 from moesurgeon.pipeline.healing_text import planned
-from moesurgeon.pipeline.journal import write_whole
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
 from moesurgeon.pipeline.recover import RecoverSpec, digest_of, recover, refuse_spec
 from moesurgeon.pipeline.subject import Subject, open_subject
@@ -56,7 +55,7 @@ def recover_layers(
         validation=spec.validation,
     )
     subject, teacher = open_subject(source), open_subject(spec.teacher)
-    refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root, teacher.root))
+    refuse_output(writing, subject.root, teacher.root)
     refuse_other_tokenizer(subject, teacher)
     _refuse(subject, teacher, spec, text, writing)
     if not spec.schedule.steps:

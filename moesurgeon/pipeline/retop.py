@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from moesurgeon.checkpoint.open import CONFIG_NAME
 from moesurgeon.pipeline.foresight import Foresight, foresee, refuse_unforeseeable, write_divided
 from moesurgeon.pipeline.inspect import output_scale
 from moesurgeon.pipeline.options import HealSpec, Running, Writing
@@ -30,7 +29,7 @@ def retop(
     Before that ``foresight`` says what a profile tells of it: collapse, errors by layer.
     """
     subject, asked = open_subject(source), foresight or Foresight()
-    refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
+    refuse_output(writing, subject.root)
     plan = plan_retop(subject.anatomy, spec)
     after = plan.result(subject.anatomy)
     refuse_unforeseeable(asked, subject, writing)
@@ -48,5 +47,5 @@ def retop(
     if asked.out is not None:
         report["per_layer_out"] = str(asked.out)
         if not writing.dry_run:
-            write_divided(asked.out, foreseen["divided"])
+            write_divided(asked.out, foreseen["divided"], overwrite=writing.overwrite)
     return report

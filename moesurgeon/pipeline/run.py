@@ -8,20 +8,20 @@ stages under ``stages/``, the last accepted one as ``checkpoint/`` (see ``run_en
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from moesurgeon.errors import GateFailed, NothingToDo, UsageError
+from moesurgeon.checkpoint.whole_file import write_whole
+from moesurgeon.errors import GateFailed, NothingToDo
 from moesurgeon.pipeline.bare import bare_figures
 from moesurgeon.pipeline.evaluate import EvaluateSpec, evaluate
 from moesurgeon.pipeline.foresight import Foresight
 from moesurgeon.pipeline.inspect import inspect
 from moesurgeon.pipeline.journal import NAME as JOURNAL
-from moesurgeon.pipeline.journal import append, write_whole
+from moesurgeon.pipeline.journal import append
 from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
@@ -32,6 +32,7 @@ from moesurgeon.pipeline.recipe_healing import healing_documents
 from moesurgeon.pipeline.recover import RecoverSpec, recover
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.run_end import settle, writing
+from moesurgeon.pipeline.run_folder import make_way, remove_previous
 from moesurgeon.pipeline.sample import sample
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.progress import SILENT, Progress
@@ -56,7 +57,7 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
     folder = output.output
     started = time.monotonic()
     healing = healing_documents(recipe, open_subject(recipe.checkpoint))
-    previous = _make_way(output)
+    previous = make_way(folder, overwrite=output.overwrite)
     place = folder / "usage" / "00-original"
     original = _measured(recipe, "original", recipe.checkpoint, place, {}, progress, healing=healing)
     stages = [{**original, "accepted": True}]
@@ -101,8 +102,7 @@ def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> di
     }
     with writing(folder):
         write_whole(folder / _FIGURES, json.dumps(figures, indent=2) + "\n")
-    if (previous / JOURNAL).is_file():
-        shutil.rmtree(previous)
+    remove_previous(previous)
     if ended is not None and (gate is None or gate["passed"]):
         raise type(ended)(f"{ended}; the run ends with {end['accepted']}, {end['checkpoint']}: see {folder / _FIGURES}")
     return {"output": str(folder), **figures}
@@ -229,25 +229,3 @@ def _gap_closed(report: Mapping[str, Any]) -> float | None:
         return healing["gap_closed"] if healing["kept"] else 0.0
     closed: float | None = report.get("gap_closed")
     return closed
-
-
-def _make_way(output: RunOutput) -> Path:
-    """Make the run folder; return where an earlier run waits until this one is complete.
-
-    Only the folder of a run is ever replaced, and only on request. Where this run fails, the earlier
-    one is kept beside it as ``NAME.previous``.
-    """
-    folder = output.output
-    previous = folder.with_name(f"{folder.name}.previous")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / JOURNAL).is_file() or not (folder / "stages").is_dir():
-            raise UsageError(f"{folder} exists and is not the folder of a run; choose another")
-        if not output.overwrite:
-            raise UsageError(f"{folder} holds a run already; choose another folder or add --overwrite")
-        if (previous / JOURNAL).is_file():  # then what is in the folder failed
-            shutil.rmtree(folder)
-        else:
-            folder.rename(previous)
-    (folder / "stages").mkdir(parents=True)
-    (folder / JOURNAL).touch()
-    return previous

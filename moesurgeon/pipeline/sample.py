@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from moesurgeon.checkpoint.whole_file import refuse_file, whole_file
 from moesurgeon.engine.budget import share_out
 from moesurgeon.engine.device import Placement, place
 from moesurgeon.engine.model import context_length
 from moesurgeon.engine.streams import Source
-from moesurgeon.errors import CheckpointError, NothingToDo, OutputError, UsageError
+from moesurgeon.errors import CheckpointError, NothingToDo, UsageError
 from moesurgeon.evaluation.sampled import sampled
 from moesurgeon.families.keys import count_of
 from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
-from moesurgeon.pipeline.journal import write_whole
 from moesurgeon.pipeline.options import Running, SampleSpec
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.progress import SILENT, Progress
@@ -51,6 +51,7 @@ def sample(
     tokens = whole_texts = 0
     started = time.monotonic()
     with ExitStack() as stack:
+        part = stack.enter_context(whole_file(output, overwrite=overwrite))
         drawn = (
             uniform(count_of(subject.checkpoint.config, "vocab_size", 0), spec)
             if placement is None
@@ -70,12 +71,10 @@ def sample(
             empty = 0 if tokens > before else empty + 1
             if tokens >= spec.tokens or empty == _EMPTY:
                 break
-    if not texts:
-        raise NothingToDo(f"{source} ends every text where it begins; nothing was written: sample a base model")
-    try:
-        write_whole(output, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
-    except OSError as error:
-        raise OutputError(f"{output} could not be written ({error.strerror}); choose another disk") from error
+        if not texts:
+            raise NothingToDo(f"{source} ends every text where it begins; nothing was written: sample a base model")
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        part.write_text("".join(lines), encoding="utf-8")
     return {
         "checkpoint": source,
         "path": str(output),
@@ -156,9 +155,6 @@ def beginning_of(subject: Subject, ends: list[int]) -> list[int]:
 
 
 def _refuse_output(output: Path, *, overwrite: bool) -> None:
-    if output.exists() and (output.is_dir() or not overwrite):
-        raise UsageError(f"{output} exists; name another file{'' if output.is_dir() else ' or add --overwrite'}")
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"there is no folder {output.parent} for {output.name}; make it first")
+    refuse_file(output, "--output", overwrite=overwrite, makes_folders=True)
     if output.suffix != ".jsonl":
         raise UsageError(f"{output.name} is to be read as text again; name it something.jsonl")

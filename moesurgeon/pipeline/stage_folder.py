@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moesurgeon.checkpoint.install import sync
+from moesurgeon.checkpoint.whole_file import write_whole
 from moesurgeon.errors import GateFailed, InputError, OutputError, UsageError
 from moesurgeon.pipeline import journal
 from moesurgeon.pipeline.healed_file import plan_from, save_healed
@@ -30,6 +32,7 @@ from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.plan import EditPlan
 
 _OPERATION, _STAGE, _HEALED = "stages.json", "stage.json", "healed.safetensors"
+_OWN = re.compile(r"((stage|count)-\d+(\.part|\.profile)?|profile)")  # nothing else in the folder is removed
 Entry = Mapping[str, Any]
 
 
@@ -52,7 +55,7 @@ class StageFolder:
         stage: dict[str, Any] = {"kept": {str(layer): experts for layer, experts in kept.items()}, "how": how}
         if plan.record and plan.record[-1]["operation"] == "heal":
             stage |= {"heal": plan.record[-1], "keys": save_healed(plan, part / _HEALED)}
-        journal.write_whole(part / _STAGE, json.dumps(stage, indent=2) + "\n")
+        write_whole(part / _STAGE, json.dumps(stage, indent=2) + "\n")
         sync(part)
         part.rename(folder)
         sync(self.path)
@@ -113,7 +116,7 @@ def stage_folder(path: Path, digest: str, *, stays: bool) -> Iterator[StageFolde
         ) from error
     try:
         if not (path / _OPERATION).exists():
-            journal.write_whole(path / _OPERATION, json.dumps({"digest": digest}) + "\n")
+            write_whole(path / _OPERATION, json.dumps({"digest": digest}) + "\n")
         found = _entries(path)
         _clear(path, {str(entry["stage"]) for entry in found})
         folder = StageFolder(path, found)
@@ -174,5 +177,5 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 def _clear(path: Path, judged: set[str]) -> None:
     """Remove what a killed stage left."""
     for each in path.iterdir():
-        if each.is_dir() and each.name not in judged and not (each / FACTS).is_file():
+        if each.is_dir() and _OWN.fullmatch(each.name) and each.name not in judged and not (each / FACTS).is_file():
             shutil.rmtree(each)

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 import moesurgeon
-from moesurgeon.checkpoint.open import CONFIG_NAME
-from moesurgeon.checkpoint.staging import overlap
+from moesurgeon.checkpoint.staging import overlap, refuse_place
 from moesurgeon.errors import GateFailed, UsageError
 from moesurgeon.evaluation.figures import figures_of
 from moesurgeon.evaluation.gate import Gate, failure
@@ -51,9 +50,11 @@ def prune_in_stages(
     Raises GateFailed, and writes nothing, where not even the first stage passes.
     """
     anatomy = subject.anatomy
-    refuse_output(writing.output, CONFIG_NAME, overwrite=writing.overwrite, sources=(subject.root,))
+    refuse_output(writing, subject.root)
     if spec.run is not None and any(overlap(spec.run, other) for other in (subject.root, writing.output)):
         raise UsageError(f"--run {spec.run} overlaps with the source or the output; name a folder of its own")
+    if spec.run is not None:
+        refuse_place(spec.run, "--run")
     heal = heal_of(spec)
     refuse_without_healing(spec.criterion, heal)
     gate = read_gate(subject, heal.judging, EvaluateSpec(gates=spec.gates), has_teacher=True)

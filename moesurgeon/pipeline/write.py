@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgeon.checkpoint.replaceable import CHECKPOINT
 from moesurgeon.checkpoint.staging import refuse_unusable
-from moesurgeon.errors import NothingToDo, UsageError
+from moesurgeon.errors import NothingToDo, OutputError, UsageError
 from moesurgeon.pipeline.options import HealSpec, Running, Writing
 from moesurgeon.pipeline.subject import Subject, few
 from moesurgeon.progress import Progress
@@ -20,14 +22,19 @@ if TYPE_CHECKING:  # imported where it is used: it needs torch
     from moesurgeon.pipeline.heal import Healer
 
 
-def refuse_output(target: Path, holds: str, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
-    """Raise UsageError or OutputError now if ``target`` could not be written later.
+def refuse_output(writing: Writing, *sources: Path) -> None:
+    """Raise UsageError or OutputError now if the checkpoint could not be written later; never in a dry run."""
+    if not writing.dry_run:
+        refuse_unusable(writing.output, CHECKPOINT, overwrite=writing.overwrite, sources=sources)
 
-    Only a folder that ``holds`` this file, so what is written here, is ever replaced.
-    """
-    refuse_unusable(target, overwrite=overwrite, sources=sources)
-    if target.is_dir() and any(target.iterdir()) and not (target / holds).is_file():
-        raise UsageError(f"{target} has no {holds}, so --overwrite does not replace it; choose another folder")
+
+def _occupied(writing: Writing, subject: Subject) -> str | None:
+    """Return what the write that a dry run shows would refuse of its output; None if nothing."""
+    try:
+        refuse_output(replace(writing, dry_run=False), subject.root)
+    except (UsageError, OutputError) as error:
+        return str(error)
+    return None
 
 
 def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progress) -> dict[str, Any]:
@@ -58,7 +65,10 @@ def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progres
         progress.note(f"note: {warning}")
     if subject.beside.left_out:
         progress.note(f"note: the output does not carry along {few(subject.beside.left_out)}")
-    if not writing.dry_run:
+    if writing.dry_run:
+        if refused := _occupied(writing, subject):
+            report["output_refused"] = refused
+    else:
         written = apply(
             plan,
             subject.checkpoint,

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 import moesurgeon
+from moesurgeon.checkpoint.faults import safetensors_errors
 from moesurgeon.checkpoint.header import read_header
+from moesurgeon.checkpoint.replaceable import Contents, Kind
 from moesurgeon.checkpoint.staging import staged
 from moesurgeon.checkpoint.strict_json import parse_strictly
 from moesurgeon.errors import CheckpointError, ProfileError
+from moesurgeon.profiling.inner import NAME as INNER
 from moesurgeon.profiling.inner import Inner
 from moesurgeon.profiling.latency_facts import checked_latency, latency_summary
 from moesurgeon.profiling.statistics import Statistics, shapes_of
@@ -23,6 +26,7 @@ from moesurgeon.profiling.summary import summary_of
 SCHEMA = 2
 _SUMS = "stats.safetensors"
 FACTS = "profile.json"
+PROFILE = Kind("a profile", FACTS, ("schema_version",), Contents(files=(_SUMS, FACTS, INNER)), has=(_SUMS,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,9 @@ def save_profile(profile: Profile, folder: Path, *, overwrite: bool = False) -> 
         facts["inner"] = profile.inner.facts()
     if profile.latency:
         facts["latency"] = profile.latency
-    with staged(folder, overwrite=overwrite) as staging:
-        save_file(statistics.sums, staging / _SUMS)
+    with staged(folder, PROFILE, overwrite=overwrite) as staging:
+        with safetensors_errors(staging / _SUMS):
+            save_file(statistics.sums, staging / _SUMS)
         (staging / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         if profile.inner:
             profile.inner.put_into(staging)

@@ -21,11 +21,14 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from moesurgeon.checkpoint.faults import safetensors_errors
+from moesurgeon.checkpoint.replaceable import Contents, Kind
 from moesurgeon.errors import UsageError
 from moesurgeon.recovery.adalora import AdaLora
 from moesurgeon.recovery.adapters import Adapted
 
 CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER = Kind("an adapter", CONFIG, ("peft_type",), Contents(files=(CONFIG, _TENSORS, "README.md")))
 _PREFIX = "base_model.model."
 
 
@@ -43,7 +46,8 @@ class Adapter:
         config.target_parameters = sorted(config.target_parameters)  # peft makes a set of it: the same bytes each time
         config.task_type = "CAUSAL_LM"  # AutoPeftModelForCausalLM looks for it
         config.save_pretrained(str(folder))
-        save_file(self.tensors, folder / _TENSORS, {"format": "pt"})
+        with safetensors_errors(folder / _TENSORS):
+            save_file(self.tensors, folder / _TENSORS, {"format": "pt"})
 
 
 def refuse_no_adapter(adapt: Sequence[str]) -> None:

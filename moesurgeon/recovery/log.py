@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moesurgeon.checkpoint.install import sync
+from moesurgeon.checkpoint.staging import refuse_place
+from moesurgeon.checkpoint.whole_file import refuse_file, write_whole
 from moesurgeon.errors import OutputError, UsageError
 
 SUFFIXES = (".csv", ".json")
@@ -18,13 +19,14 @@ Entry = Mapping[str, Any]
 
 
 def check_log(path: Path | None, tensorboard: Path | None) -> None:
-    """Raise UsageError for a log that could not be written in the end."""
+    """Raise UsageError or OutputError for a log that could not be written in the end."""
     if path is not None and path.suffix not in SUFFIXES:
         raise UsageError(f"--log {path} says no format; name it something{' or something'.join(SUFFIXES)}")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise UsageError(f"--log {path}: there is no folder {path.absolute().parent}; make it first")
+    if path is not None:
+        refuse_file(path, "--log", overwrite=True)  # whether one may be replaced depends on what is gone on from
     if tensorboard is not None:
         _writer_class()
+        refuse_place(tensorboard, "--tensorboard")
 
 
 class Log:
@@ -38,7 +40,7 @@ class Log:
         """Write all ``entries``; the file is there whole or as it was. Raises OutputError."""
         try:
             if self._path is not None:
-                _replace(self._path, _csv(entries) if self._path.suffix == ".csv" else _json(entries))
+                write_whole(self._path, _csv(entries) if self._path.suffix == ".csv" else _json(entries))
             if self._board is not None:
                 self._show(entries)
         except OSError as error:
@@ -82,13 +84,6 @@ def _csv(entries: Sequence[Entry]) -> str:
 
 def _json(entries: Sequence[Entry]) -> str:
     return json.dumps(list(entries), indent=2) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    part.replace(path)
 
 
 def _writer_class() -> Any:

@@ -57,6 +57,7 @@ class Store:
             sync(self.folder)
         except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError for a full disk
             reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error).splitlines()[0]
+            part.unlink(missing_ok=True)
             raise OutputError(
                 f"{self.folder} cannot hold what a killed recovery goes on from ({reason}); free space and repeat the "
                 "command"

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moesurgeon.errors import OutputError, UsageError
+from moesurgeon.checkpoint.whole_file import whole_file
+from moesurgeon.errors import UsageError
 
 _KINDS = (".png", ".svg", ".pdf")
 _NAMED = 12  # layers that the legend tells apart; of more a bar of colours does
@@ -65,7 +66,6 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str, path: Pa
             figure.colorbar(ScalarMappable(Normalize(min(numbers), max(numbers)), colours), ax=axes, label="layer")
         # Nothing of the moment goes into the file: the same curves give the same bytes.
         dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        try:
-            figure.savefig(path, metadata=dates.get(path.suffix.lower()))
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+        kind = path.suffix.lower()
+        with whole_file(path, overwrite=True) as part:
+            figure.savefig(part, format=kind[1:], metadata=dates.get(kind))

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from moesurgeon.errors import OutputError, UsageError
+from moesurgeon.checkpoint.whole_file import whole_file
+from moesurgeon.errors import UsageError
 from moesurgeon.profiling.artefact import Profile
 from moesurgeon.profiling.statistics import Array, normalised_entropy, shares
 
@@ -30,18 +31,25 @@ class _Panel:
     unit: str
 
 
+def check_drawable(path: Path) -> None:
+    """Raise UsageError without matplotlib or for another kind of file: before the work, too."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise UsageError(f"{path} is neither .png nor .svg; name one of them")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--plot needs matplotlib, which is not installed: pip install 'moesurgeon[plot]'") from error
+
+
 def draw(profile: Profile, path: Path) -> None:
     """Draw utilisation, gate mass and, where it was measured, latency of every expert to ``path`` (.png or .svg).
 
     Raises UsageError without matplotlib or for another kind of file, OutputError if it cannot be written.
     """
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"{path} is neither .png nor .svg; name one of them")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("--plot needs matplotlib, which is not installed: pip install 'moesurgeon[plot]'") from error
+    check_drawable(path)
+    import matplotlib
+    from matplotlib.figure import Figure
+
     panels = _panels(profile)
     layers, experts = panels[0].values.shape
     width, height = (float(np.clip(n * _CELL, *span)) for n, span in ((experts, _WIDTH), (layers, _HEIGHT)))
@@ -55,10 +63,9 @@ def draw(profile: Profile, path: Path) -> None:
         for panel, (map_, side) in zip(panels, grid, strict=True):
             _heatmap(figure, map_, panel, profile.statistics.layers)
             _entropy(side, panel)
-        try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+        kind = path.suffix.lower()
+        with whole_file(path, overwrite=True) as part:
+            figure.savefig(part, format=kind[1:], metadata={"Date": None} if kind == ".svg" else None)
 
 
 def _panels(profile: Profile) -> list[_Panel]:

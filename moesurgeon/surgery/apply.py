@@ -21,7 +21,8 @@ from moesurgeon.checkpoint.auxiliary import copy_auxiliary
 from moesurgeon.checkpoint.open import CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, Checkpoint, read_json_file
 from moesurgeon.checkpoint.parallel import each_of
 from moesurgeon.checkpoint.reader import ShardReader, fingerprint, identity_of, refuse_changed
-from moesurgeon.checkpoint.resume import digest_of, is_finished, write_finished
+from moesurgeon.checkpoint.replaceable import CHECKPOINT
+from moesurgeon.checkpoint.resume import STATE_NAME, digest_of, is_finished, write_finished
 from moesurgeon.checkpoint.staging import staged
 from moesurgeon.errors import OutputError
 from moesurgeon.progress import SILENT, Progress
@@ -74,7 +75,9 @@ def apply(
         digest = digest_of(plans, source, identity, link=link)
         # A shard may be a link itself: to the blobs of a hub cache.
         homes = {source.path_of(shard).resolve().parent for shard in source.headers}
-        with staged(target, overwrite=overwrite, sources=(source.root, *sorted(homes)), digest=digest) as staging:
+        with staged(
+            target, CHECKPOINT, overwrite=overwrite, sources=(source.root, *sorted(homes)), digest=digest
+        ) as staging:
             there = [compiled(shard, source, reader) for shard in shards if (staging / shard.name).exists()]
             finished = {shard.name for shard in there if is_finished(shard, staging, reader)}
             to_write = [shard for shard in shards if shard.name not in finished]
@@ -100,6 +103,7 @@ def apply(
             (staging / "README.md").write_text(edited_card(text, plan), encoding="utf-8")
             written = read_back(staging, plan, source, reader)
             provenance["history"][-1]["result"] = asdict(identity_of(written))
+            provenance["files"] = _files(staging)
             _write_json(staging / PROVENANCE_NAME, provenance)
     return Written(target, plan.nbytes, len(shards), len(linked), len(finished))
 
@@ -124,6 +128,12 @@ def _provenance(plan: EditPlan, source: Checkpoint) -> dict[str, Any]:
         "dropped": dict(plan.dropped),
     }
     return {"schema_version": PROVENANCE_SCHEMA, "history": [*history, step]}
+
+
+def _files(staging: Path) -> list[str]:
+    """Return what was written, so that ``--overwrite`` knows its own from what is put beside it later."""
+    files = (path for path in staging.rglob("*") if path.is_file() and path.name != STATE_NAME)
+    return sorted(path.relative_to(staging).as_posix() for path in files)
 
 
 def _linked(original: Path, path: Path) -> bool:

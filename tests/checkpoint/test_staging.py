@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from moesurgeon.checkpoint import install
+from moesurgeon.checkpoint.replaceable import Contents, Kind
 from moesurgeon.checkpoint.staging import refuse_unusable, staged
 from moesurgeon.errors import OutputError, UsageError
 
+KIND = Kind("a test", "file", (), Contents(files=("file",)))
+
 
 def _write(target: Path, text: str = "new", *, overwrite: bool = False) -> None:
-    with staged(target, overwrite=overwrite) as staging:
+    with staged(target, KIND, overwrite=overwrite) as staging:
         (staging / "file").write_text(text)
 
 
@@ -27,7 +30,7 @@ def _listing(folder: Path) -> dict[str, str]:
 
 def test_the_folder_is_there_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "down" / "out"
-    with staged(target, overwrite=False) as staging:
+    with staged(target, KIND, overwrite=False) as staging:
         (staging / "file").write_text("new")
         assert not target.exists()
     assert _listing(tmp_path) == {"deep/down/out/file": "new"}
@@ -39,7 +42,7 @@ def test_a_failure_leaves_nothing_new(tmp_path: Path, error: type[BaseException]
     if old:
         _write(tmp_path / "out", old)
     before = _listing(tmp_path)
-    with pytest.raises(error), staged(tmp_path / "out", overwrite=True) as staging:
+    with pytest.raises(error), staged(tmp_path / "out", KIND, overwrite=True) as staging:
         (staging / "file").write_text("half of it")
         raise error
     assert _listing(tmp_path) == before
@@ -48,7 +51,7 @@ def test_a_failure_leaves_nothing_new(tmp_path: Path, error: type[BaseException]
 
 def test_an_error_of_the_disk_is_an_output_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"No space left on device.*nothing was left behind"):  # noqa: SIM117
-        with staged(tmp_path / "out", overwrite=False):
+        with staged(tmp_path / "out", KIND, overwrite=False):
             raise OSError(errno.ENOSPC, "full")
     assert list(tmp_path.iterdir()) == []
 
@@ -70,7 +73,7 @@ def test_an_empty_folder_may_be_written_to(tmp_path: Path) -> None:
 
 def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     _write(tmp_path / "out", "old")
-    with staged(tmp_path / "out", overwrite=True) as staging:
+    with staged(tmp_path / "out", KIND, overwrite=True) as staging:
         (staging / "file").write_text("new")
         assert (tmp_path / "out" / "file").read_text() == "old"
     assert _listing(tmp_path) == {"out/file": "new"}
@@ -93,6 +96,7 @@ def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path, monkeypa
 
 
 KILLED = """
+from moesurgeon.checkpoint.replaceable import CHECKPOINT as KIND
 import os, signal, sys
 from pathlib import Path
 from moesurgeon.checkpoint import install, staging
@@ -106,7 +110,7 @@ def rename(path, other):
 
 Path.rename = rename
 install.exchanged = lambda *folders: False  # as on a file system that cannot swap
-with staging.staged(target, overwrite=True) as folder:
+with staging.staged(target, KIND, overwrite=True) as folder:
     (folder / "file").write_text("half of it")
     if moment == "while writing":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -124,7 +128,7 @@ def test_what_a_killed_run_leaves_is_cleared_by_the_next(tmp_path: Path, moment:
     with pytest.raises(UsageError, match="not empty"):
         _write(target)
     assert _listing(target) == {"file": "old"}
-    with pytest.raises(ValueError, match="fails"), staged(target, overwrite=True):
+    with pytest.raises(ValueError, match="fails"), staged(target, KIND, overwrite=True):
         raise ValueError("the next one fails, too")
     assert _listing(tmp_path) == {"out/file": "old"}
     _write(target, overwrite=True)
@@ -132,10 +136,11 @@ def test_what_a_killed_run_leaves_is_cleared_by_the_next(tmp_path: Path, moment:
 
 
 HOLDING = """
+from moesurgeon.checkpoint.replaceable import CHECKPOINT as KIND
 import sys, time
 from pathlib import Path
 from moesurgeon.checkpoint.staging import staged
-with staged(Path(sys.argv[1]), overwrite=False) as folder:
+with staged(Path(sys.argv[1]), KIND, overwrite=False) as folder:
     (folder / "file").write_text("first")
     print("writing", flush=True)
     sys.stdin.read()
@@ -180,8 +185,8 @@ def test_a_target_in_or_around_the_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(source)
     for target in (source, source / "out", tmp_path / "a", tmp_path, tmp_path / "link" / "out", tmp_path / "link"):
         with pytest.raises(UsageError, match=r"overlap|not a folder"):
-            refuse_unusable(target, overwrite=True, sources=(source,))
-    refuse_unusable(tmp_path / "a" / "out", overwrite=False, sources=(source,))
+            refuse_unusable(target, KIND, overwrite=True, sources=(source,))
+    refuse_unusable(tmp_path / "a" / "out", KIND, overwrite=False, sources=(source,))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -199,9 +204,9 @@ def test_a_file_or_link_is_never_replaced(tmp_path: Path, overwrite: bool) -> No
 def test_a_place_that_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="is a file"):
-        refuse_unusable(tmp_path / "file" / "out", overwrite=False)
+        refuse_unusable(tmp_path / "file" / "out", KIND, overwrite=False)
     with pytest.raises(OutputError, match="File name too long"):
-        refuse_unusable(tmp_path / ("x" * 300), overwrite=False)
+        refuse_unusable(tmp_path / ("x" * 300), KIND, overwrite=False)
     with pytest.raises(OutputError, match="File name too long"):
         _write(tmp_path / ("x" * 250))  # fits itself, but not with what is put around it
     assert _listing(tmp_path) == {"file": "mine"}

@@ -38,9 +38,26 @@ def test_same_plan(name: str, command: str, layout: list[str], tmp_path: Path, p
 
 def test_dry_run_still_refuses(tmp_path: Path) -> None:
     refused(2, "retop", BUILTIN[0], tmp_path / "out", "--top-k", "2", "--dry-run", says=("nothing to do",))
+
+
+@pytest.mark.parametrize("extra", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_an_output_that_exists_is_noted_at_most(extra: list[str], tmp_path: Path, profiles: dict[str, Path]) -> None:
     (tmp_path / "mine").touch()
-    refused(2, "retop", BUILTIN[0], tmp_path, "--dry-run", says=("is not empty",))
-    assert list(contents(tmp_path)) == ["mine"]
+    commands = {
+        "retop": ["retop", BUILTIN[0], tmp_path],
+        "prune": ["prune", BUILTIN[0], tmp_path, "--keep", "6", "--profile", profiles[BUILTIN[0]]],
+        "stages": ["prune", BUILTIN[0], tmp_path, "--stages", "7", "--heal", "builtin:json"],
+        "recover": ["recover", BUILTIN[0], tmp_path, "--teacher", BUILTIN[1], "--objective", "lm", *TEXT],
+        "layers": ["recover", BUILTIN[0], tmp_path, "--teacher", BUILTIN[1], "--heal-method", "scale", "--steps", "0"],
+    }
+    for name in ("retop", "prune"):
+        report = succeeded(*commands[name], "--dry-run", *extra, "--json").json
+        assert str(tmp_path) in report["output_refused"]
+        assert "note: without --dry-run this would be refused" in succeeded(*commands[name], "--dry-run", *extra).out
+        refused(2, *commands[name], *extra, says=(str(tmp_path),))
+    (tmp_path / "file").touch()
+    succeeded("retop", BUILTIN[0], tmp_path / "file", "--dry-run", *extra)
+    assert sorted(contents(tmp_path)) == ["file", "mine"]
 
 
 def test_dry_run_of_recover_reads_the_text_and_trains_nothing(

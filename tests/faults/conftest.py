@@ -52,6 +52,6 @@ def old(tmp_path: Path) -> dict[str, str]:
     """A folder ``out`` that was there before; its hashes."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("{}")
+    (out / "config.json").write_text('{"model_type": "mixtral"}')
     (out / "model.safetensors").write_bytes(b"old" * 100_000)
     return hashes(out)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from moesurgeon.checkpoint.replaceable import CHECKPOINT
 from moesurgeon.checkpoint.staging import staged
 from moesurgeon.errors import CheckpointError, OutputError, UsageError
 from moesurgeon.pipeline.subject import Subject, open_subject
@@ -95,7 +96,7 @@ def test_a_folder_that_may_not_be_written_to() -> None:
             if os.geteuid() == 0:
                 os.setuid(65534)  # nobody: root may write everywhere
             for target in (closed / "new", closed / "out", closed / "out" / "deep" / "down"):
-                with pytest.raises(OutputError, match="may not be written to"), staged(target, overwrite=True):
+                with pytest.raises(OutputError, match="may not be written to"), staged(target, CHECKPOINT, overwrite=True):
                     pytest.fail("it began")
 
         assert ended(forked(attempt)) == 0
