@@ -18,9 +18,10 @@ from filelock import FileLock, Timeout
 
 from moesurgeon.checkpoint.faults import is_below, path_of, unreadable
 from moesurgeon.checkpoint.install import install, recover_old, sync
+from moesurgeon.checkpoint.places import nearest, what_it_is
 from moesurgeon.checkpoint.replaceable import Kind, refuse_strange
 from moesurgeon.checkpoint.resume import discard_state, finished_shards, open_staging
-from moesurgeon.errors import CheckpointError, OutputError, UsageError
+from moesurgeon.errors import CheckpointError, InputError, OutputError, UsageError
 
 
 @contextmanager
@@ -94,7 +95,10 @@ def refuse_unusable(target: Path, kind: Kind, *, overwrite: bool, sources: tuple
     target = Path(os.path.abspath(target))
     try:
         _refuse(target, kind, overwrite=overwrite, sources=sources)
-    except OSError as error:  # a name that is too long, a folder that may not be read
+    except OSError as error:
+        if (path := path_of(error)) is not None and any(is_below(path, source) for source in sources):
+            raise InputError(unreadable(path, error)) from error
+        # A name that is too long, a folder that may not be read.
         raise OutputError(_disk_trouble(error, target)) from error
 
 
@@ -108,9 +112,9 @@ def _refuse(target: Path, kind: Kind, *, overwrite: bool, sources: tuple[Path, .
         if not overwrite:
             raise UsageError(f"{target} is not empty; choose another folder or add --overwrite")
         refuse_strange(target, kind)
-    parent = next(folder for folder in target.parents if folder.exists())
+    parent = nearest(target.parent)
     if not parent.is_dir():
-        raise UsageError(f"{target} cannot be made: {parent} is a file; choose another output")
+        raise UsageError(f"{target} cannot be made: {parent} {what_it_is(parent)}; choose another output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} may not be written to; choose another folder")
 
@@ -121,9 +125,9 @@ def refuse_place(folder: Path, option: str) -> None:
     It is made where it is not there; what is in it already stays.
     """
     try:
-        there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+        there = nearest(folder)
         if not there.is_dir():
-            raise UsageError(f"{option} {folder}: {there} is a file; choose another folder")
+            raise UsageError(f"{option} {folder}: {there} {what_it_is(there)}; choose another folder")
         if not os.access(there, os.W_OK | os.X_OK):
             raise OutputError(f"{option} {folder}: {there} may not be written to; choose another folder")
     except OSError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from moesurgeon.checkpoint.install import sync
+from moesurgeon.checkpoint.places import nearest, what_it_is
 from moesurgeon.errors import OutputError, UsageError
 
 
@@ -25,9 +26,9 @@ def refuse_file(path: Path, option: str, *, overwrite: bool, makes_folders: bool
         if path.exists() and not overwrite:
             raise UsageError(f"{option} {path} exists; name another file or add --overwrite")
         folder = path.absolute().parent
-        there = next(each for each in (folder, *folder.parents) if each.exists())
+        there = nearest(folder)
         if not there.is_dir():
-            raise UsageError(f"{option} {path}: {there} is a file; choose another place")
+            raise UsageError(f"{option} {path}: {there} {what_it_is(there)}; choose another place")
         if there != folder and not makes_folders:
             raise UsageError(f"{option} {path}: there is no folder {folder}; make it first")
         if not os.access(there, os.W_OK | os.X_OK):
@@ -40,17 +41,19 @@ def refuse_file(path: Path, option: str, *, overwrite: bool, makes_folders: bool
 
 
 @contextmanager
-def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def whole_file(path: Path, *, overwrite: bool, makes_folders: bool = False) -> Iterator[Path]:
     """Yield the path of a new file that becomes ``path`` when the block ends without an exception.
 
-    Its folder is made. One process at a time writes it; another is refused at once. Raises UsageError for a file that
-    came up meanwhile, OutputError where the disk refuses.
+    Its folder has to be there, or is made if ``makes_folders`` says so. One process at a time writes it; another is
+    refused at once. Raises UsageError for a file that came up meanwhile, OutputError where the disk refuses.
     """
     path = path.absolute()
     part = _beside(path, "part")
     try:
         with ExitStack() as stack:
-            stack.enter_context(_folders(path.parent))
+            if makes_folders:
+                stack.enter_context(_folders(path.parent))
+            path.parent.stat()  # the lock would make it
             lock = FileLock(_beside(path, "lock"))
             lock.acquire(timeout=0)
             stack.callback(lock.release)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,8 @@ def refuse_unforeseeable(asked: Foresight, subject: Subject, writing: Writing) -
         raise UsageError(
             "--per-layer-out needs to know how many experts per token there may be: add --per-layer-average, as 1.5"
         )
-    path = asked.out.absolute().resolve()
-    for folder in (writing.output.absolute().resolve(), subject.root.resolve()):
+    path = Path(os.path.realpath(asked.out))  # resolve() raises for links in a circle
+    for folder in (Path(os.path.realpath(writing.output)), Path(os.path.realpath(subject.root))):
         if path.is_relative_to(folder):
             raise UsageError(f"{asked.out} is inside a checkpoint ({folder}); choose another place for it")
     if not writing.dry_run:

@@ -51,7 +51,7 @@ def sample(
     tokens = whole_texts = 0
     started = time.monotonic()
     with ExitStack() as stack:
-        part = stack.enter_context(whole_file(output, overwrite=overwrite))
+        part = stack.enter_context(whole_file(output, overwrite=overwrite, makes_folders=True))
         drawn = (
             uniform(count_of(subject.checkpoint.config, "vocab_size", 0), spec)
             if placement is None

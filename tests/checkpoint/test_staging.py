@@ -96,7 +96,8 @@ def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path, monkeypa
 
 
 KILLED = """
-from moesurgeon.checkpoint.replaceable import CHECKPOINT as KIND
+from moesurgeon.checkpoint.replaceable import ANYTHING, Kind
+KIND = Kind("a test", "file", (), ANYTHING)
 import os, signal, sys
 from pathlib import Path
 from moesurgeon.checkpoint import install, staging

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,21 @@ def test_show_writes_a_spreadsheet(tmp_path: Path, profiles: dict[str, Path]) ->
     assert len(rows) == 2 * 4 * 8  # domains, layers, experts; all text is in the first bucket of positions
     assert sum(int(row["tokens"]) for row in rows) == 512 * 2 * 4
     nowhere = tmp_path / "nowhere" / "a.csv"
-    refused(OUTPUT, "profile", "show", profiles[MIXTRAL], "--csv", nowhere, says=("choose another place",))
+    refused(USAGE, "profile", "show", profiles[MIXTRAL], "--csv", nowhere, says=("there is no folder",))
+    path.write_text("mine")
+    refused(USAGE, "profile", "show", profiles[MIXTRAL], "--csv", path, says=("exists", "--overwrite"))
+    assert path.read_text() == "mine"
+    succeeded("profile", "show", profiles[MIXTRAL], "--csv", path, "--overwrite")
+    assert path.read_text() != "mine" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_not_installed_is_said_before_anything_is_written(
+    tmp_path: Path, profiles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    show = ("profile", "show", profiles[MIXTRAL], "--csv", tmp_path / "a.csv", "--plot", tmp_path / "a.png")
+    refused(USAGE, *show, says=("matplotlib", "pip install 'moesurgeon[plot]'"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_show_draws(tmp_path: Path, profiles: dict[str, Path]) -> None:

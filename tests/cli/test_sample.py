@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from moesurgeon.engine.streams import Source
-from tests.cli.invoke import refused, succeeded
+from moesurgeon.pipeline.sample import uniform
+from tests.cli.invoke import moesurgeon, one_line, refused, succeeded
 from tests.conftest import BUILTIN
 
-SMALL = ("--max-tokens", "96", "--length", "24", "--rows", "2", "--device", "cpu")
+FEW = ("--max-tokens", "96", "--length", "24", "--rows", "2")
+SMALL = (*FEW, "--device", "cpu")
 USAGE = 2
 
 
@@ -27,7 +29,7 @@ def test_a_sample_is_a_trace(name: str, tmp_path: Path) -> None:
     assert read["domains"]["own"]["documents"] == len(texts)
     # What a model says itself surprises it little: it was told 2,048 and more tokens apart.
     noise = tmp_path / "noise.jsonl"
-    assert "texts" in succeeded("sample", name, "-o", noise, *SMALL, "--uniform").out
+    assert "texts" in succeeded("sample", name, "-o", noise, *FEW, "--uniform").out
     apart = succeeded("evaluate", name, "-t", f"noise={noise}", "--split", "all", "--device", "cpu", "--json").json
     assert apart["loss"] > read["loss"] + 2
 
@@ -42,15 +44,40 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
 def test_refusals_leave_nothing(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     refused(USAGE, "sample", BUILTIN[0], "-o", tmp_path / "own.txt", *SMALL, says=("name it something.jsonl",))
-    refused(USAGE, "sample", BUILTIN[0], "-o", tmp_path / "no" / "own.jsonl", *SMALL, says=("there is no folder",))
+    refused(USAGE, "sample", BUILTIN[0], "-o", tmp_path / "a" / "own.jsonl", "--length", "100000", says=("context",))
     refused(USAGE, "sample", BUILTIN[0], "-o", file, "--length", "100000", says=("context", "give at most"))
     refused(USAGE, "sample", BUILTIN[0], "-o", file, *SMALL, "--max-memory", "1MB", says=("--max-memory", "raise it"))
     assert not list(tmp_path.iterdir())
     file.write_text("mine")
     refused(USAGE, "sample", BUILTIN[0], "-o", file, *SMALL, says=("exists", "--overwrite"))
     assert file.read_text() == "mine"
-    succeeded("sample", BUILTIN[0], "-o", file, *SMALL, "--uniform", "--overwrite")
+    succeeded("sample", BUILTIN[0], "-o", file, *FEW, "--uniform", "--overwrite")
     assert file.read_text() != "mine" and [each.name for each in tmp_path.iterdir()] == ["own.jsonl"]
+
+
+def test_folders_are_made(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "own.jsonl"
+    succeeded("sample", BUILTIN[0], "-o", file, *FEW, "--uniform")
+    assert [path.name for path in file.parent.iterdir()] == ["own.jsonl"]
+
+
+def test_two_at_once_and_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two is refused while the first draws, and a file that came up meanwhile is not replaced."""
+    file = tmp_path / "own.jsonl"
+    real, outcomes = uniform, []
+
+    def meanwhile(*arguments: object) -> object:
+        if not outcomes:
+            outcomes.append("begun")
+            outcomes.append(refused(5, *command, says=("another moesurgeon is writing", "own.jsonl")))
+            file.write_text("mine")
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("moesurgeon.pipeline.sample.uniform", meanwhile)
+    command = ("sample", BUILTIN[0], "-o", file, *FEW, "--uniform")
+    one_line(moesurgeon(*command), USAGE, "came up meanwhile", "--overwrite")
+    assert file.read_text() == "mine" and len(outcomes) == 2
+    assert [each.name for each in tmp_path.iterdir()] == ["own.jsonl"]
 
 
 def test_a_checkpoint_beyond_memory_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,4 +90,4 @@ def test_a_checkpoint_beyond_memory_is_not_decoded(tmp_path: Path, monkeypatch: 
         says=("sample without --uniform needs the checkpoint in memory",),
     )  # fmt: skip
     assert not list(tmp_path.iterdir())
-    succeeded("sample", BUILTIN[1], "-o", tmp_path / "own.jsonl", *SMALL, "--uniform")
+    succeeded("sample", BUILTIN[1], "-o", tmp_path / "own.jsonl", *FEW, "--uniform")

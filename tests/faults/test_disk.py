@@ -96,7 +96,10 @@ def test_a_folder_that_may_not_be_written_to() -> None:
             if os.geteuid() == 0:
                 os.setuid(65534)  # nobody: root may write everywhere
             for target in (closed / "new", closed / "out", closed / "out" / "deep" / "down"):
-                with pytest.raises(OutputError, match="may not be written to"), staged(target, CHECKPOINT, overwrite=True):
+                with (
+                    pytest.raises(OutputError, match="may not be written to"),
+                    staged(target, CHECKPOINT, overwrite=True),
+                ):
                     pytest.fail("it began")
 
         assert ended(forked(attempt)) == 0
