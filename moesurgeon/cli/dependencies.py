@@ -77,8 +77,8 @@ _MODEL = Needs("is about running the model, and --uniform runs none", ("no --uni
 INDEPENDENT: Mapping[str, frozenset[str]] = {
     "inspect": frozenset({"--json"}),
     "retop": frozenset(
-        {"--top-k", "--profile", "--calibrate", "--layout", "--link", "--shard-size", "--overwrite", "--dry-run",
-         "--allow-noop", "--json"}
+        {"--top-k", "--profile", "--calibrate", "--layout", "--vllm-config", "--link", "--shard-size",
+         "--overwrite", "--dry-run", "--allow-noop", "--json"}
     ),
     "profile": frozenset(
         {"--output", "--traces", "--split", "--max-tokens", "--budget", "--weight", "--sample", "--length", "--device",
@@ -89,12 +89,13 @@ INDEPENDENT: Mapping[str, frozenset[str]] = {
     "profile diff": frozenset({"--checkpoint", "--json"}),
     "profile import": frozenset({"--output", "--checkpoint", "--overwrite", "--json"}),
     "prune": frozenset(
-        {"--profile", "--keep", "--ratio", "--below", "--keep-experts", "--virtual", "--heal", "--layout", "--link",
-         "--shard-size", "--overwrite", "--dry-run", "--allow-noop", "--json"}
+        {"--profile", "--keep", "--ratio", "--below", "--keep-experts", "--virtual", "--heal", "--layout",
+         "--vllm-config", "--link", "--shard-size", "--overwrite", "--dry-run", "--allow-noop", "--json"}
     ),
     "recover": frozenset(
         {"--teacher", "--traces", "--validation", "--heal-method", "--steps", "--split", "--sample", "--length",
-         "--device", "--dtype", "--max-memory", "--layout", "--link", "--shard-size", "--overwrite", "--dry-run",
+         "--device", "--dtype", "--max-memory", "--layout", "--vllm-config", "--link", "--shard-size", "--overwrite",
+         "--dry-run",
          "--allow-noop", "--json"}
     ),
     "evaluate": frozenset(

@@ -28,6 +28,14 @@ Layout = Annotated[
     str | None,
     typer.Option(help="Store the result per-expert, fused, or (DeepSeek-MoE v1) as qwen2-moe. Default: as the source."),
 ]
+VllmConfig = Annotated[
+    bool,
+    typer.Option(
+        "--vllm-config",
+        help="Also write the configuration_deepseek.py that vLLM needs to read DeepSeek-MoE v1 in its own names. vLLM "
+        "runs it with --trust-remote-code; moesurgeon never does.",
+    ),
+]
 Traces = Annotated[
     list[str],
     typer.Option(

@@ -145,6 +145,7 @@ def command(
         typer.Option(metavar="SIZE", help="Memory to use at most, as 16GB. Default: most of what is free."),
     ] = None,
     layout: options.Layout = None,
+    vllm_config: options.VllmConfig = False,
     link: options.Link = False,
     shard_size: options.ShardSize = None,
     overwrite: options.Overwrite = False,
@@ -204,6 +205,7 @@ def command(
         writing = Writing(
             output=output,
             layout=layout,
+            vllm_config=vllm_config,
             link=link,
             shard_size=bytes_of(shard_size),
             overwrite=overwrite,

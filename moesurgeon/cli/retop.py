@@ -67,6 +67,7 @@ def command(
     dtype: options.Dtype = "auto",
     max_memory: options.MaxMemory = None,
     layout: options.Layout = None,
+    vllm_config: options.VllmConfig = False,
     link: options.Link = False,
     shard_size: options.ShardSize = None,
     overwrite: options.Overwrite = False,
@@ -85,6 +86,7 @@ def command(
         writing = Writing(
             output=output,
             layout=layout,
+            vllm_config=vllm_config,
             link=link,
             shard_size=bytes_of(shard_size),
             overwrite=overwrite,

@@ -13,6 +13,10 @@ def show_written(report: Report) -> None:
     print(f"  tensors: {edits}" + (f"; {dropped} dropped" if dropped else ""))
     for key, value in plan["config"].items():
         print(f"  config: {key} = {value}" if value is not None else f"  config: {key} removed")
+    for file in plan["files"]:
+        print(f"  file: {file}")
+    for statement in report["runtimes"]:
+        print(f"  runtimes: {statement}")
     change = f"{size(report['bytes_before'])} -> {size(report['bytes_after'])}"
     if report["dry_run"]:
         print(f"  would write {report['output']}: {change}")

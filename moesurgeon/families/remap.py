@@ -24,7 +24,9 @@ class Remap:
     """``config``: from the old config to (values to set, keys to remove); UsageError if impossible.
 
     ``doubled`` is the shared expert's projection to multiply by two, ``zero_gate`` the name of the
-    gate [1, H] to add, in place of ``{block}`` the MoE block.
+    gate [1, H] to add, in place of ``{block}`` the MoE block. ``zero_biases``: projections of every layer that get
+    biases of zeros, with ``bias_key`` true: vLLM's Qwen2-MoE has them whatever the config says, and computes NaN
+    where none are stored.
     """
 
     layout: str
@@ -32,6 +34,8 @@ class Remap:
     target: Family
     doubled: str
     zero_gate: str
+    zero_biases: tuple[str, ...]
+    bias_key: str
     config: Callable[[Mapping[str, Any]], tuple[dict[str, Any], tuple[str, ...]]]
 
 
@@ -64,7 +68,6 @@ def _qwen2_moe_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
         "num_experts": experts,
         # v1 never renormalises a single weight, Qwen2-MoE would.
         "norm_topk_prob": bool(config.get("norm_topk_prob")) and top_k > 1,
-        "qkv_bias": False,
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(range(count_of(config, "first_k_dense_replace", 0))),
         "moe_intermediate_size": width,
@@ -86,6 +89,8 @@ REMAPS: tuple[Remap, ...] = (
         target=QWEN2_MOE,
         doubled="down_proj.weight",
         zero_gate="{block}.shared_expert_gate.weight",
+        zero_biases=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        bias_key="qkv_bias",
         config=_qwen2_moe_config,
     ),
 )

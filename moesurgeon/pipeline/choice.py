@@ -68,7 +68,7 @@ def with_how(plan: EditPlan, how: Mapping[str, Any]) -> EditPlan:
     """Return a plan to prune whose record says ``how`` the experts were chosen."""
     if not plan.record:
         return plan
-    return EditPlan(plan.outputs, plan.dropped, plan.config, [{**plan.record[0], **how}])
+    return replace(plan, record=[{**plan.record[0], **how}])
 
 
 def choose(subject: Subject, spec: PruneSpec, progress: Progress = SILENT, *, dry_run: bool = False) -> Choice:

@@ -18,7 +18,8 @@ class Writing:
 
     ``layout``: store it another way (None: as the source). ``link``: hard links for shards that do not
     change. ``shard_size``: bytes of a shard at most (None: as the source is divided). ``dry_run``: only
-    report the plan. ``allow_noop``: write a copy where nothing changes.
+    report the plan. ``allow_noop``: write a copy where nothing changes. ``vllm_config``: also write the class for its
+    config that vLLM needs.
     """
 
     output: Path
@@ -28,6 +29,7 @@ class Writing:
     overwrite: bool = False
     dry_run: bool = False
     allow_noop: bool = False
+    vllm_config: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

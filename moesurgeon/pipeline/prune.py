@@ -19,7 +19,7 @@ from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.expert_rules import refuse_renumbered, refuse_told_apart
-from moesurgeon.surgery.layouts import plan_layout
+from moesurgeon.surgery.plan import identity
 from moesurgeon.surgery.prune import with_mtp_layers
 
 _VIRTUAL = (
@@ -45,8 +45,7 @@ def prune(
         refuse_file(spec.curve_plot, "--curve-plot", overwrite=writing.overwrite)
     subject = open_subject(source)
     anatomy = subject.anatomy
-    if writing.layout is not None:  # what it refuses, before the choice
-        plan_layout(anatomy, writing.layout)
+    refuse_layout(identity(anatomy), subject, writing)  # before the choice
     _refuse_rules(subject, spec)
     if spec.is_staged:
         from moesurgeon.pipeline.stages import prune_in_stages  # runs the model

@@ -37,7 +37,7 @@ from moesurgeon.pipeline.recover_teacher import (
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import window_length
 from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
-from moesurgeon.pipeline.write import finish, refuse_output
+from moesurgeon.pipeline.write import finish, refuse_layout, refuse_output
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.recovery.adalora import refuse_ranks
 from moesurgeon.recovery.log import Log, check_log
@@ -50,7 +50,6 @@ from moesurgeon.recovery.targets import WRITABLE, Adapt, Kind, check_adapt, part
 from moesurgeon.recovery.teacher_cache import Cached
 from moesurgeon.recovery.train import train
 from moesurgeon.surgery.anatomy import Anatomy
-from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, identity
 
 PATIENCE = timedelta(days=1)
@@ -248,8 +247,7 @@ def refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Tex
     refuse_without_gradient(subject.anatomy, spec.losses, spec.adapt)
     if spec.changed is not None and "experts" not in parts_of(spec.adapt):
         raise UsageError("--changed chooses among experts, and none are trained; add --adapt experts")
-    if writing.layout is not None:
-        plan_layout(subject.anatomy, writing.layout)
+    refuse_layout(identity(subject.anatomy), subject, writing)
     for layer in subject.anatomy.moe_layers if "routers" in parts_of(spec.adapt) else ():
         router = subject.anatomy.tensors[subject.anatomy.router_weight(layer)]
         if router.dtype not in WRITABLE:

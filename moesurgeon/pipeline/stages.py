@@ -38,7 +38,6 @@ from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.write import finish, refuse_output
 from moesurgeon.progress import Progress
 from moesurgeon.selection.choose import best
-from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.prune import plan_prune, with_mtp_layers
 
 
@@ -59,8 +58,6 @@ def prune_in_stages(
     refuse_without_healing(spec.criterion, heal)
     gate = read_gate(subject, heal.judging, EvaluateSpec(gates=spec.gates), has_teacher=True)
     counts = _by_file(subject, spec) or counts_of(anatomy, spec)
-    if writing.layout is not None:  # what it refuses, before the work
-        plan_layout(anatomy, writing.layout)
     if writing.dry_run:
         return planned(subject, spec, counts, writing, progress)
     first = State.of_source(anatomy)

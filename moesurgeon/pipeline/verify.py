@@ -87,6 +87,10 @@ def _against_source(subject: Subject, source: Subject, history: Sequence[Step], 
     plan = replay(source.anatomy, [operation for step in steps for operation in step["operations"]])
     if not same_specs(subject.anatomy.tensors, {name: output.spec for name, output in plan.outputs.items()}):
         raise OutputError(f"{subject.name} holds other tensors than its record makes of {source.name}")
+    for file, content in plan.files.items():
+        path = subject.root / file
+        if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != content:
+            raise OutputError(f"{subject.name} does not verify: {file} is not what its record says; write it again")
     compared = replaced = 0
     with (
         ShardReader(subject.checkpoint) as mine,

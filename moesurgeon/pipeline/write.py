@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgeon.checkpoint.auxiliary import auxiliary_files
 from moesurgeon.checkpoint.replaceable import CHECKPOINT
 from moesurgeon.checkpoint.staging import refuse_unusable
 from moesurgeon.errors import NothingToDo, OutputError, UsageError
@@ -17,6 +18,7 @@ from moesurgeon.surgery.expert_rules import refuse_renumbered
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.numbering import new_numbers
 from moesurgeon.surgery.plan import EditPlan, compose
+from moesurgeon.surgery.runtimes import plan_config_class, runtime_statements
 
 if TYPE_CHECKING:  # imported where it is used: it needs torch
     from moesurgeon.pipeline.heal import Healer
@@ -43,8 +45,7 @@ def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progres
     Returns the part of a report that all writing operations share. Raises NothingToDo for a plan
     without effect unless ``writing`` allows it.
     """
-    if writing.layout is not None:
-        plan = compose(plan, plan_layout(plan.result(subject.anatomy), writing.layout))
+    plan = _as_written(plan, subject, writing)
     if plan.changes_nothing and not writing.allow_noop:
         raise NothingToDo(f"nothing to do: the result would be {subject.name} itself; --allow-noop copies it anyway")
     numbers = new_numbers(plan.record, subject.anatomy.routed_layers, subject.anatomy.experts)
@@ -60,6 +61,7 @@ def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progres
         "bytes_after": plan.nbytes,
         "plan": plan.summary(),
         "left_out": list(subject.beside.left_out),
+        "runtimes": runtime_statements(plan.result(subject.anatomy), {*_files(subject), *plan.files}),
     }
     for warning in subject.warnings:  # copied as they are
         progress.note(f"note: {warning}")
@@ -82,10 +84,22 @@ def finish(plan: EditPlan, subject: Subject, writing: Writing, progress: Progres
     return report
 
 
+def _as_written(plan: EditPlan, subject: Subject, writing: Writing) -> EditPlan:
+    """Return ``plan`` with what ``writing`` says about the form of its result."""
+    if writing.layout is not None:
+        plan = compose(plan, plan_layout(plan.result(subject.anatomy), writing.layout))
+    if writing.vllm_config:
+        plan = compose(plan, plan_config_class(plan.result(subject.anatomy), _files(subject)))
+    return plan
+
+
+def _files(subject: Subject) -> set[str]:
+    return {path.name for path in auxiliary_files(subject.root)}
+
+
 def refuse_layout(plan: EditPlan, subject: Subject, writing: Writing) -> None:
     """Raise now, before the work, what storing the result of ``plan`` as ``writing`` says would raise."""
-    if writing.layout is not None:
-        plan_layout(plan.result(subject.anatomy), writing.layout)
+    _as_written(plan, subject, writing)
 
 
 def finish_healed(

@@ -98,6 +98,8 @@ def apply(
             if has_index(shards, source, shard_size):
                 _write_json(staging / INDEX_NAME, _index(source, shards))
             copy_auxiliary(source.root, staging)
+            for name, content in plan.files.items():
+                (staging / name).write_text(content, encoding="utf-8")
             card = source.root / "README.md"
             text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
             (staging / "README.md").write_text(edited_card(text, plan), encoding="utf-8")

@@ -27,14 +27,15 @@ _RULES = ("quantization_config", "compression_config", "text_config.quantization
 LAYOUTS = ("per-expert", "fused", *(remap.layout for remap in REMAPS))
 
 
-def plan_layout(source: Anatomy, layout: str) -> EditPlan:
+def plan_layout(source: Anatomy, layout: str, *, biases: bool = True) -> EditPlan:
     """Plan to store ``source`` in ``layout``; the model computes the same.
 
-    Raises UsageError if the family has no such layout or the experts are quantised.
+    ``biases``: give a sibling family the zero biases that some runtime has whatever the config says. Raises UsageError
+    if the family has no such layout or the experts are quantised.
     """
     for remap in REMAPS:
         if remap.layout == layout:
-            return _remapped(source, remap)
+            return _remapped(source, remap, biases=biases)
     known = {candidate.name: candidate for candidate in source.family.layouts}
     if layout not in known:
         possible = [*known, *(remap.layout for remap in REMAPS if remap.source is source.family)]
@@ -147,7 +148,7 @@ def _unfused(source: Anatomy, target: Layout, layer: int) -> Iterator[Output]:
             yield edits.split(fused[role], name, place * size, (place + 1) * size, shape)
 
 
-def _remapped(source: Anatomy, remap: Remap) -> EditPlan:
+def _remapped(source: Anatomy, remap: Remap, *, biases: bool) -> EditPlan:
     """Plan to store ``source`` as the sibling family of ``remap`` (per expert)."""
     if source.family is not remap.source:
         raise UsageError(f"{remap.layout} is a layout for {remap.source.title}, not for {source.family.title}")
@@ -171,5 +172,23 @@ def _remapped(source: Anatomy, remap: Remap) -> EditPlan:
                 outputs[gate] = edits.add(zeros, partial(bytes, zeros.nbytes), key="zeros", beside=name)
             output = edits.rename(output, name.replace(old, new, 1))
         outputs[output.spec.name] = output
-    config = {**values, **dict.fromkeys(removed, REMOVED)}
-    return compose(before, EditPlan(outputs, config=config, record=[{"operation": "layout", "layout": remap.layout}]))
+    config = {**values, **dict.fromkeys(removed, REMOVED), remap.bias_key: biases}
+    record = {"operation": "layout", "layout": remap.layout}
+    if biases:
+        outputs |= {output.spec.name: output for output in _zero_biases(source, remap)}
+        record["biases"] = "zeros"
+    return compose(before, EditPlan(outputs, config=config, record=[record]))
+
+
+def _zero_biases(source: Anatomy, remap: Remap) -> Iterator[Output]:
+    """Yield biases of zeros for the projections of ``remap``, in the dtype of their weights."""
+    for layer in range(source.layers):
+        for projection in remap.zero_biases:
+            weight = source.name_in(layer, f"{source.family.layer}.{projection}.weight")
+            bias = f"{weight.removesuffix('weight')}bias"
+            spec = source.tensors.get(weight)
+            if spec is None or bias in source.tensors or spec.dtype not in ("BF16", "F16", "F32"):
+                what = "is missing" if spec is None else f"is stored as {spec.dtype}, or has a bias already"
+                raise UsageError(f"{weight} {what}, so it gets no bias of zeros; leave out --layout")
+            zeros = TensorSpec(bias, spec.dtype, spec.shape[:1])
+            yield edits.add(zeros, partial(bytes, zeros.nbytes), key="zeros", beside=weight)

@@ -25,18 +25,21 @@ class EditPlan:
     """``outputs`` by name; ``dropped`` maps tensors to the reason; ``config`` maps keys (dotted where nested) to
     values, REMOVED among them.
 
-    ``record`` says what was done, for the provenance file: one JSON object per operation.
+    ``record`` says what was done, for the provenance file: one JSON object per operation. ``files``: small texts that
+    the result has beside its weights, by name.
     """
 
     outputs: Mapping[str, Output]
     dropped: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     record: Sequence[Mapping[str, Any]] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def changes_nothing(self) -> bool:
         """Whether the result would be the source, tensor by tensor and key by key."""
-        return not self.dropped and not self.config and all(out.is_untouched for out in self.outputs.values())
+        said = self.dropped or self.config or self.files
+        return not said and all(output.is_untouched for output in self.outputs.values())
 
     @property
     def nbytes(self) -> int:
@@ -62,6 +65,7 @@ class EditPlan:
             "config": {key: None if value is REMOVED else value for key, value in self.config.items()},
             "bytes": self.nbytes,
             "operations": list(self.record),
+            "files": sorted(self.files),
         }
 
     def check(self, source: Mapping[str, TensorSpec]) -> None:
@@ -124,7 +128,8 @@ def compose(first: EditPlan, second: EditPlan) -> EditPlan:
     for name, reason in second.dropped.items():
         dropped |= {tensor: reason for tensor in first.outputs[name].sources if tensor not in used}
     config = {**first.config, **second.config}
-    return EditPlan(outputs, dropped, config, [*first.record, *second.record])
+    files = {**first.files, **second.files}
+    return EditPlan(outputs, dropped, config, [*first.record, *second.record], files)
 
 
 def _through(output: Output, first: EditPlan) -> Output:

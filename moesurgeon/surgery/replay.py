@@ -12,6 +12,7 @@ from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.plan import EditPlan, compose, identity
 from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
+from moesurgeon.surgery.runtimes import plan_config_class
 from moesurgeon.surgery.virtual import kept_without, plan_virtual
 
 
@@ -49,7 +50,10 @@ def _plan_again(source: Anatomy, operation: Mapping[str, Any]) -> EditPlan:
             dropped = {int(layer): [int(expert) for expert in gone[layer]] for layer in gone}
             return plan_virtual(source, kept_without(source, dropped))
         case "layout":
-            return plan_layout(source, str(operation["layout"]))
+            # Earlier versions wrote no biases.
+            return plan_layout(source, str(operation["layout"]), biases=bool(operation.get("biases")))
+        case "config-class":
+            return plan_config_class(source, ())
         case "recover" | "heal":
             outputs = dict(identity(source).outputs)
             for name in operation["replaced"]:
