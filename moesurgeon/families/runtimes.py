@@ -87,7 +87,8 @@ STATEMENTS: tuple[Statement, ...] = (
         family="deepseek_v1",
         layout="per-expert",
         says="stock transformers 5 does not know DeepSeek-MoE v1 (--layout qwen2-moe is read there); llama.cpp "
-        "computes the same tokens; vLLM needs --trust-remote-code and a configuration_deepseek.py (--vllm-config writes one)",
+        "computes the same tokens; vLLM needs --trust-remote-code and a configuration_deepseek.py (--vllm-config "
+        "writes one)",
         holds=_without_config_class,
     ),
     Statement(

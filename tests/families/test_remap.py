@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from moesurgeon.errors import UsageError
+from moesurgeon.errors import OutputError, UsageError
 from moesurgeon.pipeline.subject import Subject, open_subject
+from moesurgeon.pipeline.verify import verify
 from moesurgeon.surgery.apply import apply
 from moesurgeon.surgery.layouts import plan_layout
 from tests.families.conftest import Stock
@@ -44,6 +45,42 @@ def test_it_computes_the_same(tmp_path: Path, config: dict[str, Any]) -> None:
     difference = (logits_of(model) - logits_of(load_stock(source.root))).abs().max()
     # Equal to the last bit but where v1 adds 1e-20 to the sum of the weights.
     assert difference <= (1e-5 if config.get("norm_topk_prob") else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_of_zeros_change_no_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    """vLLM's Qwen2-MoE has query, key and value biases whatever the config says; transformers goes by qkv_bias."""
+    source = open_subject(str(save_checkpoint(tmp_path / "source", "deepseek", dtype=dtype)))
+    for name, biases in (("with", True), ("without", False)):
+        plan = plan_layout(source.anatomy, "qwen2-moe", biases=biases)
+        apply(plan, source.checkpoint, tmp_path / name)
+        assert config_of(tmp_path / name)["qkv_bias"] is biases
+        assert verify(str(tmp_path / name), str(source.root))["tensors_replaced"] == 0
+    one, other = (load_tensors(tmp_path / name) for name in ("with", "without"))
+    added = one.keys() - other.keys()
+    assert added == {f"model.layers.{n}.self_attn.{p}_proj.bias" for n in range(4) for p in "qkv"}
+    assert all(one[name].dtype == dtype and not one[name].any() for name in added)
+    with_them, without = (load_stock(tmp_path / name).to(dtype) for name in ("with", "without"))
+    assert torch.equal(logits_of(with_them), logits_of(without))
+
+
+def test_a_bias_that_is_no_zero_any_more_does_not_verify(tmp_path: Path) -> None:
+    source = open_subject(str(save_checkpoint(tmp_path / "source", "deepseek")))
+    apply(plan_layout(source.anatomy, "qwen2-moe"), source.checkpoint, tmp_path / "out")
+    tensor = open_subject(str(tmp_path / "out")).checkpoint.tensors["model.layers.1.self_attn.k_proj.bias"]
+    with (tmp_path / "out" / tensor.shard).open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(b"\x01")
+    with pytest.raises(OutputError, match=r"k_proj\.bias differs from"):
+        verify(str(tmp_path / "out"), str(source.root))
+
+
+def test_what_an_earlier_version_wrote_without_biases_still_verifies(tmp_path: Path) -> None:
+    source = open_subject(str(save_checkpoint(tmp_path / "source", "deepseek")))
+    apply(plan_layout(source.anatomy, "qwen2-moe", biases=False), source.checkpoint, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "moesurgeon.json").read_text())
+    assert record["history"][-1]["operations"] == [{"operation": "layout", "layout": "qwen2-moe"}]
+    assert verify(str(tmp_path / "out"), str(source.root))["tensors_equal"]
 
 
 def test_the_fused_layout_goes_the_same_way(stock: Stock, tmp_path: Path) -> None:
