@@ -21,7 +21,7 @@ from moesurgeon.pipeline import heal_budget
 from moesurgeon.pipeline.options import HealSpec, Running, Writing
 from moesurgeon.pipeline.prune import prune
 from moesurgeon.pipeline.prune_spec import PruneSpec
-from moesurgeon.pipeline.recipe import read_recipe
+from moesurgeon.pipeline.recipe_file import read_recipe
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.run import RunOutput, run
 from moesurgeon.pipeline.subject import Subject

@@ -88,4 +88,4 @@ def test_list_of_experts_is_missing_or_not_alone(out: Path, tmp_path: Path) -> N
     path = tmp_path / "kept.json"
     path.write_text(json.dumps(LAYERS))
     for other in (["--keep", "6"], ["--keep", "0"], ["--ratio", "0.5"], ["--criterion", "reap"]):
-        refused(USAGE, "prune", MIXTRAL, out, "--keep-experts", path, *other, says=("leave out",))
+        refused(USAGE, "prune", MIXTRAL, out, "--keep-experts", path, *other, says=("leave",))
