@@ -55,7 +55,7 @@ def work_account(job: dict[str, Any]) -> dict[str, Any]:
         parts.append((shared * wide, 1.0))
     other = (flops.attention + flops.router + flops.dense_mlp) // layers
     size = {"hidden": anatomy.hidden, "parts": parts, "other": other}
-    return {"work": takes.work, "held": takes.held, "layers": layers, "size": size}
+    return {"work": takes.copy + takes.work, "held": takes.held, "layers": layers, "size": size}
 
 
 def mixtral() -> tuple[dict[str, Any], list[TensorSpec]]:

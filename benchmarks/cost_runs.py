@@ -117,7 +117,7 @@ def work_peak(job: dict[str, Any]) -> dict[str, Any]:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     healing({**job, "steps": 2}, given, job["way"])()
     peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")
-    return {"over_bytes": peak - before, "account_bytes": account.work + account.held + hidden}
+    return {"over_bytes": peak - before, "account_bytes": account.copy + account.work + account.held + hidden}
 
 
 def status(name: str) -> int:

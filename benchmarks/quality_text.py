@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality_report import Row
-from moesurgeon.engine.batches import BATCH_TOKENS, batches_of, rows_for
+from moesurgeon.engine.batches import batches_of, rows_for
+from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.evaluation.measure import LOSS, measure
 from moesurgeon.pipeline.options import Text

@@ -191,13 +191,15 @@ def work_resident(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def work_streamed(job: dict[str, Any]) -> dict[str, Any]:
-    from moesurgeon.engine.budget import share_out, working_bytes
+    from moesurgeon.engine.budget import Demand, share_out
     from moesurgeon.engine.streams import Overlay, Stream
     from moesurgeon.engine.walk import Walk
+    from moesurgeon.engine.working import layer_bytes
     from moesurgeon.surgery.retop import RetopSpec, plan_retop
 
     source, batches = opened({**job, "dtype": "bfloat16"})
-    fits = share_out(job["limit"], [source], batches)
+    memory = share_out(job["limit"], [source], lambda _tokens: Demand(batches=batches))
+    fits = not memory.hidden_in_files
     if job.get("two_layers"):
         source.supply.allow(source.supply.least)
     overlays = [Overlay(), Overlay(plan=plan_retop(source.anatomy, RetopSpec()))][: job["streams"]]
@@ -213,7 +215,7 @@ def work_streamed(job: dict[str, Any]) -> dict[str, Any]:
         "compute_seconds": float(sum(each.sum() for each in walk.seconds.values())),
         "peak_bytes": peak_bytes(),
         "before_bytes": before,
-        "allowed_bytes": source.supply.least + hidden + working_bytes(source.anatomy, source.placement, batches),
+        "allowed_bytes": source.supply.least + hidden + layer_bytes(source, batches),
         "bytes": sum(spec.nbytes for spec in source.anatomy.tensors.values()),
         "tokens": tokens,
         "hidden_in_file": not fits,

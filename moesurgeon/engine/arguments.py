@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.scratch import MASK_BYTES
 from moesurgeon.engine.skeleton import Skeleton
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _REMEMBERED = 64  # shapes; each holds rotary embeddings of its length
-_MASK_BYTES = 256 << 20  # of padded batches whose masks are kept from layer to layer
 
 
 class _AllTakenDown(Exception):
@@ -26,9 +26,12 @@ class _AllTakenDown(Exception):
 
 
 class Arguments:
-    """Answers what the stock model would call its layers with, for the batches of one walk, known by identity."""
+    """Answers what the stock model would call its layers with, for the batches of one walk, known by identity.
 
-    def __init__(self, skeleton: Skeleton) -> None:
+    ``masks``: bytes of padded batches' masks that are kept from layer to layer.
+    """
+
+    def __init__(self, skeleton: Skeleton, masks: int = MASK_BYTES) -> None:
         self._skeleton = skeleton
         self._layers = [skeleton.layer(number) for number in range(skeleton.layers)]
         self._positions = [module for module in skeleton.base.modules() if hasattr(module, "max_seq_len_cached")]
@@ -36,7 +39,7 @@ class Arguments:
         self._by_shape: dict[tuple[int, ...], list[Call]] = {}
         # Of padded ones everything does; as many as there is room for.
         self._by_batch: dict[int, list[Call]] = {}
-        self._room = _MASK_BYTES
+        self._room = masks
 
     def embedded(self, batch: Batch) -> torch.Tensor:
         """Return what the first layer is given [B, T, H]; the input embedding has to be filled."""

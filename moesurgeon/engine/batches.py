@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.traces.batching import batches
 from moesurgeon.traces.windows import Corpus, Window
 
@@ -56,10 +57,6 @@ def to_batch(windows: Sequence[Window], device: torch.device) -> Batch:
     return Batch(windows[0].domain, windows, torch.from_numpy(tokens).to(device), padded)
 
 
-BATCH_TOKENS = 8192
-"""Enough for matrices, little enough for memory."""
-
-
-def rows_for(length: int) -> int:
-    """Windows of this length per batch that make about ``BATCH_TOKENS``."""
-    return max(1, BATCH_TOKENS // length)
+def rows_for(length: int, tokens: int = BATCH_TOKENS) -> int:
+    """Return how many windows of this length make a batch of about ``tokens``."""
+    return max(1, tokens // length)

@@ -1,99 +1,307 @@
-"""How memory is shared out between weights, hidden states and what a batch needs while it computes."""
+"""How memory is shared out between weights, hidden states and what computing takes; what is made smaller if it is
+little.
+
+One place decides for every command that runs the model, from shapes alone and before anything is read. In this order,
+until all fits: batches of 8192 tokens with hidden states in memory, then in files, fewer logits at once, batches of
+half as many tokens down to 1024, the same with one layer at a time instead of two (nothing is read ahead), smaller
+batches down to one window. Whatever is left over keeps layers in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import psutil
 import torch
 
 from moesurgeon import launched
+from moesurgeon.engine import free
 from moesurgeon.engine.batches import Batch
-from moesurgeon.engine.device import Placement
+from moesurgeon.engine.scratch import BATCH_TOKENS, LOGIT_POSITIONS, MASK_BYTES, Scratch
 from moesurgeon.engine.streams import Source
+from moesurgeon.engine.working import NO_LOGITS, layer_bytes, loading_bytes, logit_bytes
 from moesurgeon.errors import UsageError
-from moesurgeon.families.keys import count_of
-from moesurgeon.surgery.anatomy import Anatomy
 
-LOGIT_POSITIONS = 2048
-"""Positions whose logits are held at once."""
+INTERPRETER = 512 << 20
+"""Bytes that count as taken before anything is done, if the process does not have more: Python, torch, transformers
+and what they load on the way. A fixed figure, so that the same budget gives the same batches."""
 # Of the free memory, where the user names no limit: the rest is for the page cache and for others.
 _SHARE = 0.8
+_LOADED_LATER = 64 << 20  # libraries that are loaded once work begins, where the process has more than INTERPRETER
+_FEW = 1024  # tokens: reading ahead is given up before batches get smaller than this
+_LEAST_TOKENS, _LEAST_POSITIONS = 128, 64
+_SPARE = 1.05  # of what is computed with: allocators keep pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a command takes with batches of so many tokens.
+
+    ``batches`` walk with ``streams`` of each source at once. ``logits``: bytes of each (``engine.working``).
+    ``copies``: bytes of a layer that streams have of their own, for as long as it is there. ``work``: bytes that are
+    needed at another time than a batch's; ``always``: at all times. ``held``: bytes that go where hidden states go.
+    """
+
+    batches: Sequence[Batch]
+    streams: int = 1
+    logits: int = NO_LOGITS
+    copies: int = 0
+    work: int = 0
+    always: int = 0
+    held: int = 0
+
+
+Demands = Callable[[int], Demand]
+"""By the tokens of a batch; the first that is asked for has the largest ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """What was decided. ``limit``: the bytes of ``--max-memory`` (None: most of what is free). ``estimate``: bytes at
+    most beside the interpreter. ``batch_tokens``: of the largest batch. ``shrunk``: whether batches, logits or reading
+    ahead are less than usual. ``scratch`` is what batches are made by.
+    """
+
+    limit: int | None
+    estimate: int
+    scratch: Scratch
+    batch_tokens: int
+    read_ahead: bool
+    resident: bool
+    hidden_in_files: bool
+    shrunk: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a report says of it."""
+        return {
+            "limit": self.limit,
+            "estimate": self.estimate,
+            "batch_tokens": self.batch_tokens,
+            "logit_positions": self.scratch.positions,
+            "read_ahead": self.read_ahead,
+            "hidden_in_files": self.hidden_in_files,
+            "shrunk": self.shrunk,
+        }
+
+    @property
+    def note(self) -> str | None:
+        """Say in a line what was made smaller; None where nothing was."""
+        if not self.shrunk:
+            return None
+        ways = [f"batches of {self.batch_tokens:,} tokens", f"logits of {self.scratch.positions:,} positions at once"]
+        ways += [] if self.read_ahead else ["one layer at a time, none read ahead (slower)"]
+        ways += ["hidden states in files"] if self.hidden_in_files else []
+        budget = "the memory that is free" if self.limit is None else f"--max-memory {said(self.limit)}"
+        return f"note: to fit into {budget}: {', '.join(ways)}; about {said(self.estimate)} beside the interpreter"
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One of the ways to use memory, and the bytes that it takes: ``least`` for weights, ``rest`` for all else."""
+
+    scratch: Scratch
+    read_ahead: bool
+    in_files: bool
+    least: int
+    rest: int
+
+    @property
+    def needs(self) -> int:
+        return self.least + self.rest
 
 
 def share_out(
-    limit: int | None, sources: Sequence[Source], batches: Sequence[Batch], *, work: int = 0, held: int = 0
-) -> bool:
-    """Divide ``limit`` bytes (None: most of what is free) of the device's memory; return whether all is to fit.
+    limit: int | None,
+    sources: Sequence[Source],
+    demands: Demands,
+    *,
+    whole: str | None = None,
+    agreed: Callable[[int], int] | None = None,
+) -> MemoryUse:
+    """Divide ``limit`` bytes (None: most of what is free) of the device's memory; return how they are used.
 
-    Every source is told what its weights may take, the first one first. On a CPU the limit is that of the
-    whole process, so what it uses already is taken off. Hidden states stay in memory if they fit beside two
-    layers of every source; where they do not, False is returned: they have to go to a file. ``work``: bytes that
-    are needed in memory besides, whatever happens; ``held``: bytes that go where the hidden states go. Raises
-    UsageError if not even two layers fit.
+    Every source is told what its weights may take, the first one first, and how much may be computed at once
+    (``Source.scratch``). On a CPU the limit is that of the whole process, so what it uses already is taken off.
+    ``whole``: who needs all weights in memory. ``agreed``: makes the tokens of a batch those that all processes have.
+    Raises UsageError if the least does not fit; the message says how much would do.
     """
-    placement = sources[0].placement
-    working = work + max(working_bytes(source.anatomy, placement, batches) for source in sources)
-    if placement.spread:
-        from moesurgeon.engine.spread import devices_for
+    for source in sources:
+        if not source.placement.spread:  # what is held from before would count as used
+            source.supply.allow(source.supply.at_least(ahead=False), ahead=False)
+    if sources[0].placement.spread:
+        return _spread(limit, sources, demands)
+    device = sources[0].placement.device
+    taken = taken_bytes(limit, device)
+    left = _may_take(limit, device) - taken
+    whole_weights = whole is not None
+    most = BATCH_TOKENS
+    found = least = None
+    while found is None:
+        for way in _ways(sources, demands, most, whole=whole_weights):
+            least = way.needs if least is None else min(least, way.needs)
+            if way.needs <= left:
+                found = way
+                break
+        else:
+            assert least is not None
+            raise UsageError(_refusal(limit, device, least, left, taken, whole))
+        if agreed is not None and most == BATCH_TOKENS and (tokens := agreed(found.scratch.tokens)) < most:
+            most, found, agreed = tokens, None, None
+    return _used(limit, sources, demands, found, left)
 
-        for source in sources:
-            source.supply.spread(devices_for(source.skeleton, placement.device.type, working))
-        return True
-    free = free_bytes(limit, placement.device) - working
-    tokens = sum(batch.tokens.numel() for batch in batches)
-    hidden = held + sum(tokens * source.anatomy.hidden * placement.dtype.itemsize for source in sources)
-    least = [source.supply.least for source in sources]
-    fits = free - hidden >= sum(least)
-    if fits:
-        free -= hidden
-    if free < sum(least):
-        raise UsageError(
-            f"{'the memory that is free' if limit is None else '--max-memory'} leaves {max(0, free):,} bytes for "
-            f"weights, but two layers at a time need {sum(least):,}; {'free some' if limit is None else 'raise it'}, "
-            "shorten --length, or compute in a smaller --dtype"
-        )
+
+def _used(limit: int | None, sources: Sequence[Source], demands: Demands, way: _Way, left: int) -> MemoryUse:
+    """Give every source its share; weights come before masks that can be made again."""
+    demand, room = demands(way.scratch.tokens), left - way.rest
+    weights = sum(source.supply.all_bytes for source in sources)
+    masks = min(MASK_BYTES, _mask_bytes(demand.batches) * demand.streams, max(0, room - weights))
+    scratch = replace(way.scratch, masks=masks)
+    room -= masks
     for number, source in enumerate(sources):
-        others = sum(least[number + 1 :])
-        source.supply.allow(free - others)
-        free -= source.supply.plan.nbytes
-    return fits
+        others = sum(other.supply.at_least(ahead=way.read_ahead) for other in sources[number + 1 :])
+        source.supply.allow(room - others, ahead=way.read_ahead)
+        source.scratch = scratch
+        room -= source.supply.plan.nbytes
+    largest = max((batch.tokens.numel() for batch in demand.batches), default=0)
+    before = max((batch.tokens.numel() for batch in demands(BATCH_TOKENS).batches), default=0)
+    resident = all(source.supply.plan.is_resident for source in sources)
+    fewer = largest < before or scratch.positions < LOGIT_POSITIONS
+    return MemoryUse(
+        limit=limit,
+        estimate=way.rest + masks + sum(source.supply.plan.nbytes for source in sources),
+        scratch=scratch,
+        batch_tokens=largest,
+        read_ahead=way.read_ahead or resident,
+        resident=resident,
+        hidden_in_files=way.in_files,
+        shrunk=fewer or not (way.read_ahead or resident),
+    )
 
 
-def working_bytes(anatomy: Anatomy, placement: Placement, batches: Sequence[Batch]) -> int:
-    """Return about what the largest batch needs in a layer, or its block of logits in the head.
+def _ways(sources: Sequence[Source], demands: Demands, most: int, *, whole: bool) -> Iterator[_Way]:
+    """Yield the ways to use memory, the best one first."""
+    longest = max((batch.tokens.shape[1] for batch in demands(most).batches), default=0)
+    floor = max(longest, _LEAST_TOKENS)
+    sizes = [most]
+    while sizes[-1] // 2 > floor:
+        sizes.append(sizes[-1] // 2)
+    if sizes[-1] > floor:
+        sizes.append(floor)
+    enough = [size for size in sizes if size >= _FEW] or sizes[:1]
+    for ahead, some in ((True, sizes if whole else enough), (False, () if whole else sizes)):
+        for tokens in some:
+            demand = demands(tokens)
+            least = sum(each.supply.all_bytes if whole else each.supply.at_least(ahead=ahead) for each in sources)
+            rest = _Rest(sources, demand)
+            for in_files in (False, True):
+                for scratch in _scratches(demand, tokens):
+                    yield _Way(scratch, ahead, in_files, least, rest(scratch, in_files=in_files))
 
-    In a layer: queries, keys, values and residuals (16 x hidden), and for each expert of a token its gate, up,
-    activation and output; in the head the float32 logits of a block with their softmax and a copy.
-    """
-    tokens = max((batch.tokens.numel() for batch in batches), default=0)
-    wide = max(anatomy.expert_width, count_of(anatomy.config, "intermediate_size", 0) // max(1, anatomy.top_k))
-    layer = tokens * (16 * anatomy.hidden + anatomy.top_k * (4 * wide + 2 * anatomy.hidden)) * placement.dtype.itemsize
-    head = LOGIT_POSITIONS * count_of(anatomy.config, "vocab_size", 0) * 4 * 4
-    return max(layer, head)
+
+def _scratches(demand: Demand, tokens: int) -> Iterator[Scratch]:
+    """Yield what may be computed at once with batches of ``tokens``: logits by halves, as far as that helps."""
+    positions = LOGIT_POSITIONS
+    yield Scratch(tokens, positions, 0)
+    while demand.logits and positions // 2 >= max(_LEAST_POSITIONS, tokens // 32):
+        positions //= 2
+        yield Scratch(tokens, positions, 0)
+
+
+class _Rest:
+    """What is needed beside weights, as a function of what is computed at once."""
+
+    def __init__(self, sources: Sequence[Source], demand: Demand) -> None:
+        self._sources, self._demand = sources, demand
+        self._layer = max(layer_bytes(source, demand.batches) for source in sources)
+        self._rows = max((len(batch.tokens) for batch in demand.batches), default=1)
+        tokens = sum(batch.tokens.numel() for batch in demand.batches)
+        states = sum(tokens * source.anatomy.hidden * source.placement.dtype.itemsize for source in sources)
+        self._held = demand.held + demand.streams * states
+        self._always = demand.always + max(loading_bytes(source) for source in sources)
+
+    def __call__(self, scratch: Scratch, *, in_files: bool) -> int:
+        demand, positions = self._demand, max(scratch.positions, self._rows)  # of every row one at least
+        head = max(logit_bytes(source, positions, demand.logits) for source in self._sources)
+        working = int(_SPARE * max(self._layer + demand.copies, head, demand.work + demand.copies))
+        return working + self._always + (0 if in_files else self._held)
+
+
+def _mask_bytes(batches: Sequence[Batch]) -> int:
+    """Return what the masks of padded batches take."""
+    return sum(4 * len(batch.tokens) * batch.tokens.shape[1] ** 2 for batch in batches if batch.mask is not None)
+
+
+def _spread(limit: int | None, sources: Sequence[Source], demands: Demands) -> MemoryUse:
+    """Divide the layers of every source among all devices of a kind; nothing is streamed."""
+    from moesurgeon.engine.spread import devices_for
+
+    demand = demands(BATCH_TOKENS)
+    working = max(_Rest([source], demand)(Scratch(), in_files=True) for source in sources)
+    for source in sources:
+        source.supply.spread(devices_for(source.skeleton, source.placement.device.type, working))
+    return MemoryUse(
+        limit=limit,
+        estimate=working + sum(source.supply.all_bytes for source in sources),
+        scratch=Scratch(),
+        batch_tokens=max((batch.tokens.numel() for batch in demand.batches), default=0),
+        read_ahead=True,
+        resident=True,
+        hidden_in_files=False,
+        shrunk=False,
+    )
 
 
 def free_bytes(limit: int | None, device: torch.device) -> int:
     """Return what may still be taken of the device's memory: up to ``limit`` (None: most of what is free)."""
+    return _may_take(limit, device) - taken_bytes(limit, device)
+
+
+def taken_bytes(limit: int | None, device: torch.device) -> int:
+    """Return what counts as taken of ``limit`` before the work begins; nothing of what is free by itself."""
+    if limit is None or device.type == "cuda":
+        return 0
+    used = free.used_bytes()
+    return INTERPRETER if used + _LOADED_LATER <= INTERPRETER else used + _LOADED_LATER
+
+
+def _may_take(limit: int | None, device: torch.device) -> int:
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0]
         return min(limit, available) if limit is not None else int(_SHARE * available)
     if limit is not None:
-        return limit - int(psutil.Process().memory_info().rss)
-    return int(_SHARE * _available()) // launched.size_here()
+        return limit
+    return int(_SHARE * free.available_bytes()) // launched.size_here()
 
 
-def _available() -> int:
-    """Return the bytes that this process may still take: by the kernel, or by its control group if that is less."""
-    available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        most = (group / "memory.max").read_text(encoding="ascii").strip()
-        if most != "max":
-            used = int((group / "memory.current").read_text(encoding="ascii"))
-            cached = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-            available = min(available, int(most) - used + int(cached.get("file", 0)))
-    except (OSError, ValueError):  # no control groups, or an older kind of them
-        pass
-    return available
+def _refusal(limit: int | None, device: torch.device, needs: int, left: int, taken: int, whole: str | None) -> str:
+    what = f"{whole} needs the checkpoint in memory, that is " if whole else "this needs "
+    smaller = "shorten --length, or compute in a smaller --dtype"
+    if limit is None or (device.type == "cuda" and needs > left and limit > left):
+        where = f"of {device}" if device.type == "cuda" else "of the memory that is free"
+        return f"{what}{enough(needs)}, and {said(max(0, left))} {where} may be used: free some, {smaller}"
+    figure = enough(needs + taken)
+    return f"{what}{figure}, --max-memory is {said(limit)}: give at least {figure}, {smaller}"
+
+
+def enough(nbytes: int) -> str:
+    """Return a size that surely holds ``nbytes``, as ``--max-memory`` takes it.
+
+    >>> enough(1_234_567_890), enough(520_000_000)
+    ('1.25GB', '530MB')
+    """
+    rounded = math.ceil(nbytes * 1.01 / 1e7)
+    return f"{rounded / 100:.2f}GB" if rounded >= 100 else f"{rounded * 10}MB"
+
+
+def said(nbytes: int) -> str:
+    """Return a size as people read it.
+
+    >>> said(1_500_000_000), said(3_000_000_000), said(512_000), said(0)
+    ('1.5GB', '3GB', '512kB', '0B')
+    """
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f}".rstrip("0").rstrip(".") + unit
+    return f"{nbytes}B"

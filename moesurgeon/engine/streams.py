@@ -23,6 +23,7 @@ from moesurgeon.engine.device import Placement
 from moesurgeon.engine.loading import DTYPES, Loader, piece_values
 from moesurgeon.engine.masking import masked
 from moesurgeon.engine.model import MoeBlock, moe_blocks
+from moesurgeon.engine.scratch import Scratch
 from moesurgeon.engine.skeleton import Skeleton, build_skeleton
 from moesurgeon.engine.supply import Supply, Tensors, groups_of
 from moesurgeon.errors import CheckpointError
@@ -35,7 +36,8 @@ from moesurgeon.surgery.shards import bytes_of
 class Source:
     """A checkpoint whose layers are read for all of its streams. Close it, or use it as a context.
 
-    All its weights may be in memory unless ``supply.allow`` says less (``engine.budget``).
+    All its weights may be in memory unless ``supply.allow`` says less; ``scratch`` is how much may be computed at
+    once (``engine.budget``).
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Source:
         self.placement = placement
         self.skeleton = skeleton
         self.destinations = destinations
+        self.scratch = Scratch()
         self._files = files
         self._loader = Loader(*files, destinations) if files else None
         self.supply = Supply(skeleton, self._loader.fill if self._loader else _nothing, placement.device)
@@ -171,6 +174,12 @@ class Stream:
     def blocks(self) -> Mapping[int, MoeBlock]:
         """The mixture-of-experts blocks by layer."""
         return {block.layer: block for block in moe_blocks(self.skeleton.model, self.anatomy)}
+
+    @property
+    def copied_bytes(self) -> int:
+        """The bytes of a group that the plan makes anew, which are there beside what was read: the most of all."""
+        targets = self.skeleton.targets
+        return max(sum(targets[name].nbytes for name in names if not self._is_shared(name)) for names in self._groups)
 
     @contextmanager
     def bound(self, group: int, read: Tensors) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 Two slots of memory, each as large as the largest layer, take turns; layers for which there is room beyond
 those stay where they are from the first walk on. With room for all of them the model is resident, and
-nothing is ever read twice.
+nothing is ever read twice. Where there is no room for two there is one slot, and a layer is read once the one
+before is done.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ _ALIGNED = 64  # bytes; cache lines, and more than any dtype needs
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """``kept``: the groups that stay in memory; the others take turns in two slots of ``slot`` bytes each."""
+    """``kept``: the groups that stay in memory; the others take turns in ``slots`` of ``slot`` bytes each."""
 
     kept: frozenset[int]
     slot: int
     nbytes: int
+    slots: int = 2
 
     @property
     def is_resident(self) -> bool:
@@ -40,24 +42,24 @@ def groups_of(skeleton: Skeleton) -> list[list[str]]:
     return [skeleton.names_of_embedding(), *layers, skeleton.names_of_tail()]
 
 
-def plan_memory(sizes: Sequence[int], limit: int) -> MemoryPlan:
+def plan_memory(sizes: Sequence[int], limit: int, slots: int = 2) -> MemoryPlan:
     """Decide which groups of these ``sizes`` in bytes to keep within ``limit``, the first ones first.
 
     >>> plan_memory([1, 4, 4, 4], 13).is_resident
     True
     >>> plan_memory([1, 4, 4, 4], 12)
-    MemoryPlan(kept=frozenset({0}), slot=4, nbytes=9)
+    MemoryPlan(kept=frozenset({0}), slot=4, nbytes=9, slots=2)
     """
     if sum(sizes) <= limit:
         return MemoryPlan(frozenset(range(len(sizes))), 0, sum(sizes))
     slot = max(sizes)
-    room = limit - 2 * slot
+    room = limit - slots * slot
     kept: set[int] = set()
     for group, size in enumerate(sizes):
         if size <= room:
             kept.add(group)
             room -= size
-    return MemoryPlan(frozenset(kept), slot, limit - room)
+    return MemoryPlan(frozenset(kept), slot, limit - room, slots)
 
 
 class Supply:
@@ -75,13 +77,22 @@ class Supply:
 
     @property
     def least(self) -> int:
-        """The bytes without which there is no walk: two of the largest groups, or all of them."""
-        return min(2 * max(self._sizes), sum(self._sizes))
+        """The bytes without which nothing is read ahead: two of the largest groups, or all of them."""
+        return self.at_least(ahead=True)
 
-    def allow(self, limit: int) -> None:
-        """Keep within ``limit`` bytes from the next walk on."""
-        assert limit >= self.least
-        self.plan = plan_memory(self._sizes, limit)
+    @property
+    def all_bytes(self) -> int:
+        """The bytes of all groups together."""
+        return sum(self._sizes)
+
+    def at_least(self, *, ahead: bool) -> int:
+        """Return the bytes without which there is no walk; ``ahead``: one that reads a group ahead."""
+        return min((1 + ahead) * max(self._sizes), sum(self._sizes))
+
+    def allow(self, limit: int, *, ahead: bool = True) -> None:
+        """Keep within ``limit`` bytes from the next walk on; ``ahead``: read the next group while one is in use."""
+        assert limit >= self.at_least(ahead=ahead)
+        self.plan = plan_memory(self._sizes, limit, 1 + ahead)
         self._kept = {group: tensors for group, tensors in self._kept.items() if group in self.plan.kept}
         self._slots = []
 
@@ -102,8 +113,8 @@ class Supply:
         groups = groups[::-1] if backwards else groups
         passing = [group for group in groups if group not in self.plan.kept]
         if passing and not self._slots:
-            self._slots = [self._memory(self.plan.slot, self.devices[0]) for _ in range(2)]
-        slot_of = {group: self._slots[number % 2] for number, group in enumerate(passing)}
+            self._slots = [self._memory(self.plan.slot, self.devices[0]) for _ in range(self.plan.slots)]
+        slot_of = {group: self._slots[number % len(self._slots)] for number, group in enumerate(passing)}
         enough = threading.Event()
         with ThreadPoolExecutor(1, thread_name_prefix="moesurgeon-read") as pool:
             reads: dict[int, Future[Tensors]] = {}
@@ -116,7 +127,7 @@ class Supply:
                     free -= group in slot_of
 
             try:
-                read_ahead(2)
+                read_ahead(self.plan.slots)
                 for group in groups:
                     tensors = self._kept[group] if group in self._kept else reads.pop(group).result()
                     if group in self.plan.kept:

@@ -141,7 +141,7 @@ class Walk:
         self.streams = tuple(streams)
         self.batches = tuple(batches)
         self.sources = tuple(dict.fromkeys(stream.source for stream in streams))
-        self.arguments = {source: Arguments(source.skeleton) for source in self.sources}
+        self.arguments = {source: Arguments(source.skeleton, source.scratch.masks) for source in self.sources}
         self.seconds = {stream: np.zeros(len(batches)) for stream in streams}
         self.hidden = {
             stream: HiddenStates(
@@ -222,7 +222,7 @@ class Walk:
 
     def _embed(self, streams: Sequence[Stream], read: Mapping[Source, Tensors]) -> None:
         for stream in streams:
-            arguments = Arguments(stream.skeleton)
+            arguments = Arguments(stream.skeleton, 0)
             for number, batch in enumerate(self.batches):
                 states = arguments.embedded(batch)
                 if not _is_finite(states, batch):

@@ -19,7 +19,8 @@ from moesurgeon.traces.windows import Window
 Tokens = NDArray[np.int64]
 PROMPT_TOKENS = 64
 """Tokens of a prompt at most: enough to say what kind of text it is."""
-_ROWS = 16
+ROWS = 16
+"""Prompts that are continued together."""
 _NOTHING = -1  # in place of a token
 
 
@@ -70,7 +71,7 @@ def continuations(
     """Return what ``model`` makes of each of ``prompts``; of several ``ranks`` each decodes some of them."""
     groups = list(same_lengths([prompt.tokens for prompt in prompts]))
     mine = [groups[number] for number in ranks.mine(len(groups))]
-    tokens = np.full((len(mine), _ROWS, new_tokens), float(_NOTHING))
+    tokens = np.full((len(mine), ROWS, new_tokens), float(_NOTHING))
     with progress.task("continuing", sum(map(len, mine)), "texts") as advance:
         for place, numbers in enumerate(mine):
             rows = np.stack([prompts[number].tokens for number in numbers]).astype(np.int64)
@@ -97,7 +98,7 @@ def same_lengths(prompts: Sequence[Sized]) -> Iterator[list[int]]:
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     for _, group in groupby(order, key=lambda number: len(prompts[number])):
         numbers = list(group)
-        yield from (numbers[start : start + _ROWS] for start in range(0, len(numbers), _ROWS))
+        yield from (numbers[start : start + ROWS] for start in range(0, len(numbers), ROWS))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,3 +65,15 @@ def gap_between(like: Measurement, mine: NDArray[np.float64], teacher: NDArray[n
     np.add.at(rises, place, mine - teacher)
     np.add.at(counts, place, like.positions)
     return Gap(float(rises.sum() / counts.sum()), bootstrap(rises, counts), len(counts))
+
+
+def losses_of(measured: Measurement) -> dict[str, float]:
+    """Return the mean ``loss`` of a measurement, and the ``teacher``'s."""
+    totals, count = measured.sums.sum(axis=0), float(measured.positions.sum())
+    return {"loss": float(totals[LOSS] / count), "teacher": float(totals[TEACHER_LOSS] / count)}
+
+
+def gap_closed(unhealed: Mapping[str, float], healed: Mapping[str, float]) -> float | None:
+    """Return the share of the loss gap to the teacher that was closed, both as of :func:`losses_of`; None of no gap."""
+    gap = unhealed["loss"] - unhealed["teacher"]
+    return (unhealed["loss"] - healed["loss"]) / gap if gap > 0 else None

@@ -24,7 +24,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel
 
 from moesurgeon.engine.batches import Batch, rows_for, to_batch
-from moesurgeon.engine.budget import LOGIT_POSITIONS
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Tail, Walk
 from moesurgeon.errors import CheckpointError, UsageError
@@ -36,8 +35,10 @@ _NEW_TOKENS = 256  # where a task does not say, as lm-eval
 
 Request = tuple[Any, list[int], list[int]]
 """What was asked (for lm-eval's cache), the tokens of the context, those of the continuation."""
-Fit = Callable[[Sequence[Batch]], AbstractContextManager[Path | None]]
-"""Makes room for batches; its context has the folder for hidden states (None: memory)."""
+Batches = Callable[[int], Sequence[Batch]]
+"""By how many tokens a batch may have."""
+Fit = Callable[[Batches], AbstractContextManager[tuple[Sequence[Batch], Path | None]]]
+"""Makes room for batches; its context has those that fit and the folder for hidden states (None: memory)."""
 
 Resident = Callable[[], AbstractContextManager[PreTrainedModel]]
 """The whole model in memory, as long as its context; raises where it is not to be had."""
@@ -126,15 +127,18 @@ class WalkingModel(TemplateLM):
                 whole = (*context, *continuation)[-(self._reading.context + 1) : -1]
                 questions.setdefault(whole, []).append(number)
             inputs = sorted(questions, key=lambda tokens: -len(tokens))
-            batches = [
-                to_batch([Window("harness", 0, 0, np.array(row, dtype=np.int32)) for row in rows], self.device)
-                for rows in _by_tokens(inputs)
-            ]
             answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-            if not batches:
+            if not inputs:
                 return answers
             row = 0
-            with self._fit(batches) as folder:
+
+            def batched(tokens: int) -> Sequence[Batch]:
+                return [
+                    to_batch([Window("harness", 0, 0, np.array(row, dtype=np.int32)) for row in rows], self.device)
+                    for rows in _by_tokens(inputs, tokens)
+                ]
+
+            with self._fit(batched) as (batches, folder):
                 walk = Walk([self._stream], batches, folder)
                 total = sum(batch.text_tokens for batch in batches)
                 with self._progress.task("harness", total, "tokens") as advance:
@@ -203,11 +207,11 @@ class WalkingModel(TemplateLM):
             )
 
 
-def _by_tokens(inputs: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Divide inputs, longest first, into batches of about as many tokens each."""
+def _by_tokens(inputs: Sequence[tuple[int, ...]], tokens: int) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Divide inputs, longest first, into batches of about so many tokens each."""
     start = 0
     while start < len(inputs):
-        stop = start + rows_for(len(inputs[start]))
+        stop = start + rows_for(len(inputs[start]), tokens)
         yield inputs[start:stop]
         start = stop
 
@@ -227,7 +231,7 @@ def _answers(
     greedy = dict.fromkeys(logprobs, True)
     # Only positions that are asked for need logits: those from the first token of a continuation on.
     first = min(size - len(continuation) for _, _, size, continuation in rows)
-    step = max(1, LOGIT_POSITIONS // len(batch.windows))
+    step = max(1, stream.source.scratch.positions // len(batch.windows))
     for start in range(first, length, step):
         stop = min(start + step, length)
         logp = tail.logits(stream, number, start, stop).float().log_softmax(-1)

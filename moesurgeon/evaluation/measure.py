@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from moesurgeon.engine.batches import Batch
-from moesurgeon.engine.budget import LOGIT_POSITIONS
 from moesurgeon.engine.finite import culprits
 from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Stream
@@ -146,7 +145,7 @@ def _compare(tail: Tail, stream: Stream, teacher: Stream | None, number: int, ba
     rows, length = batch.tokens.shape
     values = torch.zeros(rows, length - 1, _COLUMNS + 1, dtype=torch.float64)
     values[..., _COLUMNS] = 1
-    step = max(1, LOGIT_POSITIONS // rows)
+    step = max(1, stream.source.scratch.positions // rows)
     for start in range(0, length - 1, step):
         stop = min(start + step, length - 1)
         targets = batch.tokens[:, start + 1 : stop + 1, None]

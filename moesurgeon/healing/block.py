@@ -22,9 +22,6 @@ from moesurgeon.engine.model import MoeBlock, shared_experts
 from moesurgeon.healing.data import BlockData
 from moesurgeon.healing.exact import sum_of_squares
 
-CHUNK = 8192
-"""Tokens that a block is given at once where there are more."""
-
 ROWS = 64
 """What an expert's tokens are rounded up to where every number of them costs a kernel."""
 
@@ -50,7 +47,7 @@ def output_of(block: MoeBlock, values: Values, inputs_TH: torch.Tensor) -> torch
 def error_of(block: MoeBlock, values: Values, data: BlockData) -> float:
     """Return the squared error of the block with ``values``, as a share of the target's square, by importance."""
     wrong = norm = 0.0
-    for rows, inputs, target in data.chunks(CHUNK, _device_of(block)):
+    for rows, inputs, target in data.chunks(_device_of(block)):
         root = data.importance[rows, None].sqrt().to(inputs.device)
         output = output_of(block, values, inputs).float()
         wrong += sum_of_squares((output - target.float()) * root)
@@ -61,7 +58,7 @@ def error_of(block: MoeBlock, values: Values, data: BlockData) -> float:
 @torch.no_grad()
 def missing_of(block: MoeBlock, values: Values, data: BlockData, into: torch.Tensor) -> torch.Tensor:
     """Write what the block with ``values`` is short of, R = z - y [N, H], to ``into``."""
-    for rows, inputs, target in data.chunks(CHUNK, _device_of(block)):
+    for rows, inputs, target in data.chunks(_device_of(block)):
         into[rows] = (target.float() - output_of(block, values, inputs).float()).to(into.device)
     return into
 

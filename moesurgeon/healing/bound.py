@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.routing import Routing, selection_bias
+from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.errors import UsageError
 from moesurgeon.healing.sample import Sample
 from moesurgeon.profiling.all_experts import LIKELIEST, inner_products, likeliest_experts
@@ -28,8 +29,13 @@ TOKENS = 4096
 
 
 @torch.no_grad()
-def inner_of(block: MoeBlock, routing: Routing, top_k: int, sample: Sample, tokens: int = TOKENS) -> InnerLayer:
-    """Return inner products on up to ``tokens`` evenly taken tokens of ``sample``, in memory."""
+def inner_of(
+    block: MoeBlock, routing: Routing, top_k: int, sample: Sample, tokens: int = TOKENS, at_once: int = BATCH_TOKENS
+) -> InnerLayer:
+    """Return inner products on up to ``tokens`` evenly taken tokens of ``sample``, in memory.
+
+    ``at_once``: see ``profiling.all_experts.AllExperts``.
+    """
     count = min(tokens, len(sample))
     at = torch.linspace(0, len(sample) - 1, count).long().to(sample.inputs.device)
     inputs, wanted, logits = sample.inputs[at], sample.wanted[at], sample.logits[at]
@@ -45,7 +51,7 @@ def inner_of(block: MoeBlock, routing: Routing, top_k: int, sample: Sample, toke
         likeliest.cpu().numpy().astype(np.int16) if kept < experts else None,
         None if bias is None else bias.float().cpu().numpy(),
     )
-    for place, (gram, with_output, output) in inner_products(block, inputs, wanted, likeliest):
+    for place, (gram, with_output, output) in inner_products(block, inputs, wanted, likeliest, at_once):
         w = sample.weights[at[place], None].double()  # scaled so, an error is that token's with its weight
         found.gram[place] = (gram * w[:, None]).float().cpu().numpy()
         found.with_output[place] = (with_output * w).float().cpu().numpy()

@@ -16,6 +16,7 @@ import torch
 
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.observe import Observation, replays
+from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Layer
 from moesurgeon.errors import CheckpointError, OutputError
@@ -26,7 +27,8 @@ from moesurgeon.healing.room import Room
 class BlockData:
     """``inputs`` x and ``target`` z [N, H] of the student, and its routing before healing [N, K].
 
-    ``importance`` [N]: what the squared error of a token counts, one on average (:func:`importance_of`).
+    ``importance`` [N]: what the squared error of a token counts, one on average (:func:`importance_of`). ``at_once``:
+    tokens that the block is given at once, where there are more.
     """
 
     inputs: torch.Tensor
@@ -34,12 +36,22 @@ class BlockData:
     indices: torch.Tensor
     weights: torch.Tensor
     importance: torch.Tensor
+    at_once: int = BATCH_TOKENS
 
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def chunks(self, size: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Yield (rows, inputs, target) of up to ``size`` tokens, on ``device``."""
+    def at(self, rows: torch.Tensor) -> BlockData:
+        """Return these ``rows`` alone."""
+        parts = (self.inputs, self.target, self.indices, self.weights, self.importance)
+        inputs, target, indices, weights, importance = (part[rows.to(part.device)] for part in parts)
+        return BlockData(inputs, target, indices, weights, importance, self.at_once)
+
+    def chunks(
+        self, device: torch.device, size: int | None = None
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Yield (rows, inputs, target) of ``at_once`` tokens, and of ``size`` at most, on ``device``."""
+        size = self.at_once if size is None else min(size, self.at_once)
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
             yield rows, self.inputs[rows].to(device), self.target[rows].to(device)
@@ -62,6 +74,7 @@ def block_data(
         torch.empty(top_k, dtype=torch.int64, device=device),
         torch.empty(top_k, dtype=torch.float32, device=device),
         torch.empty(count, dtype=torch.float32, device=device),
+        student.source.scratch.tokens,
     )
     start = 0
     for number in batches:

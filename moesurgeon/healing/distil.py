@@ -41,12 +41,17 @@ def distilled(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, pace.steps))
     scale = _mean_square(train)
     device = next(iter(masters.values())).device
+    trained = sum(master.numel() for master in masters.values())
+    down: torch.Tensor = block.experts.down_proj  # type: ignore[assignment]
+    each = token_bytes(down.shape[-1], down.shape[-2], train.indices.shape[-1])
+    piece = tokens_of_piece(trained, each, pace, train.at_once)
     rng = np.random.default_rng(pace.seed)
     best_error, best, waited = error_of(block, frozen, heldout), dict(start), 0
     for step in range(1, pace.steps + 1):
         rows = torch.from_numpy(rng.integers(0, len(train), pace.tokens_per_step))
-        loss = loss_of(block, {**frozen, **_rounded(masters, frozen)}, train, rows, device) / scale
-        loss.backward()
+        for some in rows.split(piece):
+            loss = loss_of(block, {**frozen, **_rounded(masters, frozen)}, train, some, device) / scale
+            (loss if len(some) == len(rows) else loss * (len(some) / len(rows))).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -64,6 +69,24 @@ def distilled(
                 advance(pace.steps - step)
                 break
     return best, best_error
+
+
+def token_bytes(wide: int, hidden: int, top_k: int) -> int:
+    """Return what a training step keeps of a token: inputs, gate, up, activation and output by expert, in float32."""
+    return (top_k + 1) * (5 * wide + 3 * hidden) * 4
+
+
+def tokens_of_piece(trained: int, each: int, pace: Pace, at_once: int) -> int:
+    """Return how many tokens of a step are computed together; the gradients of its pieces are added up.
+
+    ``trained``: how many values; ``each``: bytes of a token. All, where that takes no more memory: a piece's gradient
+    comes beside the sum so far.
+
+    >>> tokens_of_piece(1000, 100, Pace(), 512), tokens_of_piece(1_000_000, 100, Pace(), 512)
+    (512, 2048)
+    """
+    saved = (pace.tokens_per_step - at_once) * each
+    return at_once if saved > 4 * trained else pace.tokens_per_step
 
 
 def loss_of(block: MoeBlock, values: Values, data: BlockData, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -91,7 +114,7 @@ def _rounded(masters: Values, frozen: Values) -> dict[str, torch.Tensor]:
 
 def _mean_square(data: BlockData) -> float:
     total = 0.0
-    for target, importance in zip(data.target.split(8192), data.importance.split(8192), strict=True):
+    for target, importance in zip(data.target.split(data.at_once), data.importance.split(data.at_once), strict=True):
         squares = target.float().square().sum(-1, dtype=torch.float64)
         total += float((squares * importance.to(squares.device)).sum())
     return total / data.target.numel()

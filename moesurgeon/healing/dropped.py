@@ -17,7 +17,7 @@ import torch
 from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Layer
-from moesurgeon.healing.block import CHUNK, Values, output_of, own_values
+from moesurgeon.healing.block import Values, output_of, own_values
 from moesurgeon.healing.data import BlockData
 from moesurgeon.surgery.numbering import source_experts
 
@@ -108,7 +108,7 @@ def explained(
 def _by_token(block: MoeBlock, values: Values, data: BlockData) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the squared error and the target's square [N] in float64, by importance, and the experts [N, K]."""
     wrong, norm, chosen = [], [], []
-    for rows, inputs, target in data.chunks(CHUNK, block.experts.down_proj.device):  # type: ignore[arg-type]
+    for rows, inputs, target in data.chunks(block.experts.down_proj.device):  # type: ignore[arg-type]
         with _choices(block) as now:
             output = output_of(block, values, inputs)
         importance = data.importance[rows].cpu().double()

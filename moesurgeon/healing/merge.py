@@ -36,7 +36,7 @@ from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Layer
 from moesurgeon.errors import CheckpointError
 from moesurgeon.healing.align import aligned, units_of
-from moesurgeon.healing.block import CHUNK, Values, experts_name, own_values
+from moesurgeon.healing.block import Values, experts_name, own_values
 from moesurgeon.healing.data import BlockData
 from moesurgeon.surgery.plan import EditPlan
 
@@ -165,7 +165,7 @@ def counts(block: MoeBlock, data: BlockData) -> list[int]:
     """Return how many tokens of ``data`` the router of ``block`` gives each expert."""
     experts: Any = block.experts
     found = torch.zeros(len(experts.down_proj), dtype=torch.int64)
-    for _rows, inputs, _target in data.chunks(CHUNK, experts.down_proj.device):
+    for _rows, inputs, _target in data.chunks(experts.down_proj.device):
         _logits, indices = routed(block, inputs)
         found += torch.bincount(indices.flatten().cpu(), minlength=len(found))
     numbers: list[int] = found.tolist()

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from moesurgeon.engine.model import MoeBlock, shared_experts
+from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.healing.block import experts_name, missing_of, own_values
 from moesurgeon.healing.data import BlockData
 from moesurgeon.healing.exact import exact_device, factor
@@ -100,18 +101,19 @@ def _improve(
         weight.copy_(before + more)
         more.copy_(weight.to(more) - before)  # as rounded
     for data, rows, each in zip(sets, part.rows, missing, strict=True):
-        for some in rows.split(chunk_tokens(*part.weight.shape)):
+        for some in rows.split(chunk_tokens(part.weight.shape[0], part.weight.shape[1], data.at_once)):
             fed = factor(part.activations(data, some))
             each.index_add_(0, some.to(each.device), (fed @ change.T.to(fed)).to(each), alpha=-1.0)
 
 
-def chunk_tokens(high: int, wide: int) -> int:
-    """Return how many tokens a map [H, F] is fed at once (``high``, ``wide``).
+def chunk_tokens(high: int, wide: int, at_once: int = BATCH_TOKENS) -> int:
+    """Return how many tokens a map [H, F] is fed at once (``high``, ``wide``); fewer where batches are small.
 
     >>> chunk_tokens(2048, 1408), chunk_tokens(4096, 14336)
     (2774, 520)
     """
-    return max(64, min(CHUNK, CHUNK_BYTES // (ROW_BYTES * (high + wide))))
+    most = CHUNK_BYTES * at_once // BATCH_TOKENS
+    return max(64, min(CHUNK, at_once, most // (ROW_BYTES * (high + wide))))
 
 
 def _chunks(
@@ -122,7 +124,7 @@ def _chunks(
     Both times the root of each token's importance, so that squares and products count by it.
     """
     device = part.weight.device
-    for some in rows.split(chunk_tokens(*part.weight.shape)):
+    for some in rows.split(chunk_tokens(part.weight.shape[0], part.weight.shape[1], data.at_once)):
         root = data.importance[some, None].sqrt().to(device)
         fed = part.activations(data, some)
         yield fed * root.to(fed.dtype), missing[some.to(missing.device)].to(device) * root

@@ -22,7 +22,7 @@ Legend: N tokens, E experts, K experts per token, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +168,7 @@ def products_of(block: MoeBlock, values: Values, data: BlockData, name: str) -> 
     experts, weight, found = len(downs), values[name].float(), []
     size = max(1, OUTPUTS_BYTES // (4 * experts * downs.shape[1]))
     act: Callable[[torch.Tensor], torch.Tensor] = block.experts.act_fn  # type: ignore[assignment]
-    for rows, inputs, target in data.chunks(size, downs.device):
+    for rows, inputs, target in data.chunks(downs.device, size):
         seen: list[torch.Tensor] = []
         hook = block.router.register_forward_hook(lambda *given, seen=seen: seen.append(logits_in(given[2])))
         try:
@@ -202,7 +202,7 @@ def sampled(data: BlockData, block: MoeBlock, seed: int) -> BlockData:
     if len(data) <= most:
         return data
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:most].sort().values
-    return replace(data, **{name: each[rows.to(each.device)] for name, each in vars(data).items()})
+    return data.at(rows)
 
 
 def product_bytes(experts: int, hidden: int) -> int:

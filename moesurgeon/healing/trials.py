@@ -19,12 +19,18 @@ import torch.nn.functional as F
 
 from moesurgeon.engine.model import MoeBlock, shared_experts
 from moesurgeon.engine.routing import Routing, selection_bias
+from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.healing.ridge import LAMBDAS
 from moesurgeon.healing.sample import Sample
 
 SWEEPS = 2
 CACHE = 512 << 20
 """Bytes of activations that are kept of a layer, and of factors of a trial; if more, they are computed when needed."""
+
+
+def cache_bytes(at_once: int = BATCH_TOKENS) -> int:
+    """Return what may be kept where so many tokens are computed at once: less where memory is little."""
+    return CACHE * at_once // BATCH_TOKENS
 
 
 _Fed = tuple[torch.Tensor | None, torch.Tensor]

@@ -51,8 +51,9 @@ def bare_figures(
     corpus, _healed = held_out_text([subject], text, also=left_out)
     placement = place(running.device, running.dtype, subject.stored_dtype)
     length = window_length(subject, text)
-    with ready([subject], corpus, placement, length=length, max_memory=running.max_memory) as walk:
-        stream = Stream(walk.sources[0], Overlay(plan=bare_plan(subject.anatomy, step, report)))
+    plan = bare_plan(subject.anatomy, step, report)
+    with ready([subject], corpus, placement, running, length=length, plan=plan, progress=progress) as walk:
+        stream = Stream(walk.sources[0], Overlay(plan=plan))
         measured = measure(stream, corpus.domains, walk.batches, folder=walk.folder, progress=progress)
     figures = summarise(measured)
     return {

@@ -9,10 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from moesurgeon.engine.device import Placement
 from moesurgeon.engine.streams import Source
 from moesurgeon.engine.whole import filled
 from moesurgeon.errors import CheckpointError, UsageError
+from moesurgeon.families.keys import count_of
 from moesurgeon.pipeline.subject import Subject
+from moesurgeon.surgery.anatomy import Anatomy
 
 
 def ends_of(subject: Subject) -> list[int]:
@@ -34,15 +37,28 @@ def ends_of(subject: Subject) -> list[int]:
     return ends
 
 
-def require_resident(source: Source, what: str) -> None:
-    """Raise UsageError where ``what`` would decode with a checkpoint that is not in the memory of one device."""
-    if source.placement.spread:
+def refuse_spread(placement: Placement, what: str) -> None:
+    """Raise UsageError where ``what`` would decode with a checkpoint that is divided among devices."""
+    if placement.spread:
         raise UsageError(f"{what} decodes on one device, not with --device all; name one, such as --device cuda")
-    if not source.supply.plan.is_resident:
-        raise UsageError(
-            f"{what} needs the checkpoint in memory: with less, every new token would be a read of all its layers; "
-            "raise --max-memory, use a smaller --dtype, or leave it out"
-        )
+
+
+def decoding_bytes(anatomy: Anatomy, placement: Placement, *, rows: int, positions: int) -> int:
+    """Return what decoding ``rows`` texts of up to ``positions`` tokens takes beside the weights.
+
+    Keys and values of all layers, one layer's again while a token is added, and the logits of a position with what
+    they are drawn by.
+    """
+
+    def count(key: str, default: int) -> int:
+        return count_of(anatomy.config, key, default) or default
+
+    heads = count("num_attention_heads", 1)
+    wide = 2 * count("num_key_value_heads", heads) * count("head_dim", anatomy.hidden // heads)
+    if latent := count("qk_nope_head_dim", 0):  # multi-head latent attention: expanded for all heads
+        wide = heads * (latent + count("qk_rope_head_dim", 0) + count("v_head_dim", latent))
+    cache = rows * positions * (anatomy.layers + 1) * wide * placement.dtype.itemsize
+    return cache + rows * count("vocab_size", 0) * 6 * 4
 
 
 @contextmanager

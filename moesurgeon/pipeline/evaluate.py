@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moesurgeon.engine.device import place
+from moesurgeon.engine.device import Placement, place
 from moesurgeon.engine.model import context_length
 from moesurgeon.engine.ranks import Ranks, join_ranks
 from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
-from moesurgeon.evaluation.continuations import PROMPT_TOKENS, continuations, prompts_of
+from moesurgeon.evaluation.continuations import PROMPT_TOKENS, ROWS, continuations, prompts_of
 from moesurgeon.evaluation.degeneration import degeneration
 from moesurgeon.evaluation.figures import Figures, figures_of, is_interval_end
 from moesurgeon.evaluation.gate import Gate, parse_gate
 from moesurgeon.evaluation.measure import measure
 from moesurgeon.evaluation.summary import expected_report, possible_report, summarise
-from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
+from moesurgeon.pipeline.decoding import decoding_bytes, ends_of, refuse_spread, whole
 from moesurgeon.pipeline.held_out import held_out_text
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.subject import Subject, open_subject
@@ -65,6 +65,8 @@ def evaluate(
     if other:
         refuse_other_tokenizer(subject, other, progress)
     placement = place(running.device, running.dtype, subject.stored_dtype)
+    if spec.continuations:
+        refuse_spread(placement, "--continuations")
     length = window_length(subject, text)
     _refuse_long(subjects, spec, length)
     corpus, healed_text = held_out_text(
@@ -72,10 +74,11 @@ def evaluate(
     )
     refuse_unknown_intervals(gate, corpus, has_teacher=other is not None)
     ranks = join_ranks(running.device)
-    with ready(subjects, corpus, placement, length=length, max_memory=running.max_memory) as walk:
-        if spec.continuations:
-            for each in walk.sources:
-                require_resident(each, "--continuations")
+    with ready(
+        subjects, corpus, placement, running, length=length,
+        whole="--continuations" if spec.continuations else None,
+        work=_continuing_bytes(subjects, spec, placement), ranks=ranks, progress=progress,
+    ) as walk:  # fmt: skip
         streams = [Stream(each) for each in walk.sources]
         measured = measure(
             streams[0],
@@ -92,7 +95,7 @@ def evaluate(
             report["degeneration"] = mine
             if theirs:
                 report["against"]["degeneration"] = theirs[0]
-        is_resident = walk.is_resident
+        is_resident, memory = walk.is_resident, walk.memory.as_dict()
     return {
         "checkpoint": source,
         "compared_with": against,
@@ -102,6 +105,7 @@ def evaluate(
         "files": file_facts(corpus),
         "placement": str(placement),
         "resident": is_resident,
+        "memory": memory,
         **report,
         **({"gate": gate.judge(figures_of(report))} if gate else {}),
     }
@@ -157,6 +161,14 @@ def _refuse_long(subjects: Sequence[Subject], spec: EvaluateSpec, length: int) -
                 f"--new-tokens {spec.new_tokens} does not fit behind a prompt of {prompt} tokens into the context "
                 f"of {subject.name}; give at most {most}"
             )
+
+
+def _continuing_bytes(subjects: Sequence[Subject], spec: EvaluateSpec, placement: Placement) -> int:
+    """Return what continuing prompts takes beside the weights."""
+    if not spec.continuations:
+        return 0
+    positions = PROMPT_TOKENS + spec.new_tokens
+    return max(decoding_bytes(subject.anatomy, placement, rows=ROWS, positions=positions) for subject in subjects)
 
 
 def _continued(

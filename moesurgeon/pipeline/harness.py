@@ -6,18 +6,20 @@ import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moesurgeon.engine.batches import Batch
-from moesurgeon.engine.budget import share_out
+from moesurgeon.engine.budget import Demand, MemoryUse, share_out
 from moesurgeon.engine.device import place
 from moesurgeon.engine.model import context_length
 from moesurgeon.engine.streams import Source, Stream
+from moesurgeon.engine.working import ALONE
 from moesurgeon.errors import CheckpointError, InputError, MoeSurgeonError, UsageError
-from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
+from moesurgeon.pipeline.decoding import ends_of, refuse_spread, whole
 from moesurgeon.pipeline.options import Running
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.walking import hidden_folder
@@ -42,36 +44,46 @@ def harness(source: str, spec: HarnessSpec, running: Running, progress: Progress
     tasks = _loaded(spec)
     subject = open_subject(source)
     placement = place(running.device, running.dtype, subject.stored_dtype)
-    from moesurgeon.evaluation.harness import Reading, WalkingModel
+    from moesurgeon.evaluation.harness import Batches, Reading, WalkingModel
 
     reading = Reading(_tokenizer(subject), context_length(subject.anatomy), ends_of(subject))
     with Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement) as walked:
+        used: list[MemoryUse] = []
 
-        def share(batches: Sequence[Batch]) -> bool:
-            if not placement.spread:
-                walked.supply.allow(walked.supply.least)  # what is held from before would count as used
-            return share_out(running.max_memory, [walked], batches)
+        def share(batched: Batches, who: str | None = None) -> MemoryUse:
+            used.append(
+                share_out(
+                    running.max_memory, [walked], lambda tokens: Demand(batches=batched(tokens), logits=ALONE),
+                    whole=who,
+                )
+            )  # fmt: skip
+            if (note := used[-1].note) and note not in {before.note for before in used[:-1]}:
+                progress.note(note)
+            return used[-1]
 
         @contextmanager
         def resident() -> Iterator[Any]:
-            share([])
-            require_resident(walked, "a task that generates text")
+            refuse_spread(placement, "a task that generates text")
+            share(lambda _tokens: [], "a task that generates text")
             with whole(walked) as model:
                 yield model
 
-        def fit(batches: Sequence[Batch]) -> AbstractContextManager[Path | None]:
-            return hidden_folder(share(batches))
+        @contextmanager
+        def fit(batched: Batches) -> Iterator[tuple[Sequence[Batch], Path | None]]:
+            memory = share(cache(batched))
+            with hidden_folder(not memory.hidden_in_files) as folder:
+                yield batched(memory.scratch.tokens), folder
 
         model = WalkingModel(Stream(walked), reading, fit, resident, progress)
         results = _evaluated(model, tasks, spec.limit)
-        is_resident = walked.supply.plan.is_resident
     import lm_eval
 
     return {
         "checkpoint": source,
         "harness_version": lm_eval.__version__,
         "placement": str(placement),
-        "resident": is_resident,
+        "resident": all(each.resident for each in used),
+        "memory": [each.as_dict() for each in used],
         "limit": spec.limit,
         "tasks": {name: _figures(found) for name, found in results["results"].items()},
         "samples": {name: counts["effective"] for name, counts in results["n-samples"].items()},

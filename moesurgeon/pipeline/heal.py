@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from moesurgeon.engine.batches import BATCH_TOKENS, Batch, batches_of, rows_for
+from moesurgeon.engine.batches import Batch, batches_of, rows_for
+from moesurgeon.engine.budget import MemoryUse
 from moesurgeon.engine.device import place
 from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import UsageError
-from moesurgeon.evaluation.decidable import gap_of
-from moesurgeon.evaluation.measure import LOSS, TEACHER_LOSS, Measurement, measure
+from moesurgeon.evaluation.decidable import gap_closed, gap_of, losses_of
+from moesurgeon.evaluation.measure import Measurement, measure
 from moesurgeon.healing.heal import heal, refuse_quantised
-from moesurgeon.healing.memory import trial_bytes
 from moesurgeon.healing.pace import METHODS
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.healing.room import Room
@@ -59,6 +59,7 @@ class Healer:
         batches: tuple[list[Batch], list[Batch]],
         folder: Path | None,
         *,
+        memory: MemoryUse,
         teacher: Subject,
         progress: Progress,
     ) -> None:
@@ -67,7 +68,7 @@ class Healer:
         self.learn, self.held = batches
         self._student_source, self._teacher_name = sources[0], teacher.fingerprint
         self.teacher = Stream(sources[-1])
-        self._progress = progress
+        self._memory, self._progress = memory, progress
 
     @property
     def length(self) -> int:
@@ -80,8 +81,11 @@ class Healer:
         return record_of(self.train, self.judge)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a result depends on besides the checkpoint and ``spec``: teacher, text, place and precision."""
+        """Return what a result depends on besides the checkpoint and ``spec``: teacher, text, place and precision, and
+        to rounding what is computed at once."""
+        scratch = self._memory.scratch
         return {
+            "at_once": [scratch.tokens, scratch.positions],
             "teacher": self._teacher_name,
             "traces": dict(self.train.hashes),
             "heldout_traces": dict(self.judge.hashes),
@@ -158,14 +162,14 @@ class Healer:
         layers: list[dict[str, Any]] = []
         if spec.method != "none" or spec.merge:
             layers, after = self._walked(student, merge=spec.merge)
-        bare, healed, merging = _losses(before), _losses(after), {}
+        bare, healed, merging = losses_of(before), losses_of(after), {}
         if is_merged := any(step["step"] == "merge" and step["kept"] for layer in layers for step in layer["steps"]):
             # Better in every layer is not yet better as a whole.
             merging = {"merged": healed["loss"], "unmerged": bare["loss"]}
             if spec.method != "none":
                 other = self.student(plan)
                 other_layers, other_after = self._walked(other, merge=False, name="unmerged.")
-                unmerged = _losses(other_after)
+                unmerged = losses_of(other_after)
                 merging["unmerged"] = unmerged["loss"]
                 if unmerged["loss"] <= healed["loss"]:
                     for one, tried in zip(other_layers, layers, strict=True):
@@ -187,8 +191,9 @@ class Healer:
             "warnings": [gap.warning] if gap.warning else [],
             "layers": layers,
             "heldout": {"teacher": bare["teacher"], "bare": bare["loss"], "healed": healed["loss"], **merging},
-            "gap_closed": _closed(bare, healed),
+            "gap_closed": gap_closed(bare, healed),
             "kept": kept,
+            "memory": self._memory.as_dict(),
         }
         if not kept:
             return self._unhealed(plan), report, before
@@ -251,13 +256,24 @@ def healer(
         student = Stream(sources[0], Overlay(plan=like))
         if spec.method != "none" or spec.merge:
             refuse_quantised(student)
-        learn, held = (_batched(each, sources[0], subject, spec) for each in (train, judge))
-        trials = trial_bytes(Stream(sources[0]), TOKENS + HELDOUT_TOKENS) if choosing else 0
-        fits = share_out_healing(sources, student, spec, running, [*learn, *held], trials)
-        folder: Path | None = stack.enter_context(hidden_folder(fits))
+
+        @cache
+        def batched(tokens: int) -> tuple[list[Batch], list[Batch]]:
+            learn, held = (_batched(each, sources[0], subject, spec, tokens) for each in (train, judge))
+            return learn, held
+
+        def all_of(tokens: int) -> list[Batch]:
+            return [batch for each in batched(tokens) for batch in each]
+
+        trials = TOKENS + HELDOUT_TOKENS if choosing else 0
+        memory = share_out_healing(sources, student, spec, running, all_of, trials)
+        folder: Path | None = stack.enter_context(hidden_folder(not memory.hidden_in_files))
+        if memory.note:
+            progress.note(memory.note)
         yield Healer(
-            subject, spec, sources, (train, judge), (learn, held), folder, teacher=other or subject, progress=progress
-        )
+            subject, spec, sources, (train, judge), batched(memory.scratch.tokens), folder,
+            memory=memory, teacher=other or subject, progress=progress,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -278,17 +294,6 @@ def healed(
         yield better, report
 
 
-def _batched(corpus: Corpus, source: Source, subject: Subject, spec: HealSpec) -> list[Batch]:
-    rows = rows_for(window_length(subject, spec.text))
-    return list(batches_of(corpus, rows=rows, tokens=BATCH_TOKENS, device=source.placement.device))
-
-
-def _losses(measured: Measurement) -> dict[str, float]:
-    totals, count = measured.sums.sum(axis=0), float(measured.positions.sum())
-    return {"loss": float(totals[LOSS] / count), "teacher": float(totals[TEACHER_LOSS] / count)}
-
-
-def _closed(bare: dict[str, float], after: dict[str, float]) -> float | None:
-    """Return the share of the held-out loss gap to the teacher that was closed."""
-    gap = bare["loss"] - bare["teacher"]
-    return (bare["loss"] - after["loss"]) / gap if gap > 0 else None
+def _batched(corpus: Corpus, source: Source, subject: Subject, spec: HealSpec, tokens: int) -> list[Batch]:
+    rows = rows_for(window_length(subject, spec.text), tokens)
+    return list(batches_of(corpus, rows=rows, tokens=tokens, device=source.placement.device))

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 from moesurgeon.engine.batches import Batch
-from moesurgeon.engine.budget import share_out
+from moesurgeon.engine.budget import Demand, MemoryUse, share_out
+from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.engine.streams import Source, Stream
+from moesurgeon.engine.working import COMPARED
 from moesurgeon.errors import UsageError
-from moesurgeon.healing.memory import HealingBytes, healing_bytes, widest
+from moesurgeon.healing.memory import HealingBytes, healing_bytes, trial_bytes, widest
 from moesurgeon.healing.pace import Method, Pace
 from moesurgeon.pipeline.options import HealSpec, Running
+
+Batches = Callable[[int], Sequence[Batch]]
+"""All that walk, by the tokens that one of them may have."""
 
 
 def share_out_healing(
@@ -21,24 +26,36 @@ def share_out_healing(
     student: Stream,
     spec: HealSpec,
     running: Running,
-    batches: Sequence[Batch],
+    batches: Batches,
     trials: int = 0,
-) -> bool:
+) -> MemoryUse:
     """Divide the memory as ``engine.budget`` does, both streams' states and all that healing takes included.
 
-    ``trials``: bytes that choosing takes, before healing takes its own.
+    ``trials``: tokens of a layer on which experts are chosen, before it is healed.
     """
-    walking = batches if len(sources) == 2 else [*batches, *batches]
+    batches = cache(batches)
+    plain = Stream(sources[0]) if trials else None
 
-    def bytes_of(method: Method, pace: Pace) -> HealingBytes:
-        return healing_bytes(student, method, pace, batches, merge=spec.merge)
+    def bytes_of(method: Method, pace: Pace, tokens: int = BATCH_TOKENS) -> HealingBytes:
+        return healing_bytes(student, method, pace, batches(tokens), merge=spec.merge, at_once=tokens)
 
-    def fits(method: Method, pace: Pace) -> bool:
-        takes = bytes_of(method, pace)
-        return share_out(running.max_memory, sources, walking, work=max(takes.work, trials), held=takes.held)
+    def share(method: Method, pace: Pace) -> MemoryUse:
+        @cache
+        def demand(tokens: int) -> Demand:
+            takes = bytes_of(method, pace, tokens)
+            return Demand(
+                batches=batches(tokens),
+                streams=2 if len(sources) == 1 else 1,
+                logits=COMPARED,
+                copies=takes.copy,
+                work=max(takes.work, trial_bytes(plain, trials, tokens) if plain else 0),
+                held=takes.held,
+            )
+
+        return share_out(running.max_memory, sources, demand)
 
     try:
-        return fits(spec.method, spec.pace)
+        return share(spec.method, spec.pace)
     except UsageError as error:
         if spec.method not in ("ridge", "distill"):
             raise
@@ -47,7 +64,7 @@ def share_out_healing(
         if spec.method == "distill":
             said.append(f"distilling a layer takes {takes:,} bytes with its gradients and optimiser state")
             said.append(f"--heal-method ridge takes {less:,}")
-        rank = _rank_that_fits(student, partial(fits, "ridge"), spec.pace)
+        rank = _rank_that_fits(student, partial(share, "ridge"), spec.pace)
         if rank is not None:
             least = bytes_of("ridge", replace(spec.pace, rank=rank)).work
             method = "" if spec.method == "ridge" else "--heal-method ridge "
@@ -55,7 +72,7 @@ def share_out_healing(
         raise UsageError("; ".join(said)) from error
 
 
-def _rank_that_fits(student: Stream, fits: Callable[[Pace], bool], pace: Pace) -> int | None:
+def _rank_that_fits(student: Stream, fits: Callable[[Pace], object], pace: Pace) -> int | None:
     """Return the largest power of two as rank with which a refit fits; None where all of it does, or nothing does."""
     widths = [1 << power for power in range(23, 3, -1)]
     ranks: list[int | None] = [None, *(rank for rank in widths if rank < widest(student))]

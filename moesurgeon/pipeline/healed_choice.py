@@ -16,7 +16,7 @@ from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Layer, Walk
 from moesurgeon.healing.bound import bare_errors, inner_of
 from moesurgeon.healing.sample import Sample, take_sample
-from moesurgeon.healing.trials import Left, Trials
+from moesurgeon.healing.trials import Left, Trials, cache_bytes
 from moesurgeon.pipeline.choice import Choice
 from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.prune_spec import HEALED
@@ -178,7 +178,8 @@ def _best_of(
     block, anatomy = stream.blocks[layer.number], stream.anatomy
     train, held = samples
     routing, top_k = routing_of(anatomy), anatomy.top_k
-    trials = Trials(block, routing, top_k, train, held)
+    at_once = stream.source.scratch.tokens
+    trials = Trials(block, routing, top_k, train, held, cache=cache_bytes(at_once))
     known: dict[Subset, Left] = {}
 
     def left(kept: Subset) -> Left:
@@ -188,7 +189,7 @@ def _best_of(
 
     found = search_costly(
         lambda kept: left(kept).healed,
-        lambda: bare_errors(inner_of(block, routing, top_k, held), routing, top_k),
+        lambda: bare_errors(inner_of(block, routing, top_k, held, at_once=at_once), routing, top_k),
         anatomy.experts,
         count,
         groups=anatomy.groups[0],

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from moesurgeon.pipeline.profile_extras import extras
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.text import cut_notes, file_facts, read_text, window_length
 from moesurgeon.pipeline.walking import Ready, ready
-from moesurgeon.profiling.all_experts import LIKELIEST, InnerSpec
+from moesurgeon.profiling.all_experts import LIKELIEST, InnerSpec, inner_bytes
 from moesurgeon.profiling.artefact import PROFILE, Origin, Profile, save_profile
 from moesurgeon.profiling.inner import NAME as INNER
 from moesurgeon.profiling.profiler import take_profile
@@ -72,13 +73,17 @@ def profile(
         sample=text.sample,
         chat_template=corpus.chat_template,
     )
-    with ready([subject], corpus, placement, length=length, max_memory=running.max_memory) as walk:
+    inner = _inner(output)
+    with ready(
+        [subject], corpus, placement, running, length=length, judges=False,
+        always=None if inner is None else partial(inner_bytes, subject.anatomy, inner), ranks=ranks, progress=progress,
+    ) as walk:  # fmt: skip
         # All keep a state or none does, whatever memory each of them found.
         streams = not ranks.least(walk.is_resident)
         state = _state(output, origin, walk, ranks) if streams and output.resume else None
         stream = Stream(walk.sources[0])
         with extras(
-            stream, corpus.domains, walk.batches, _inner(output), latency=output.latency, ranks=ranks,
+            stream, corpus.domains, walk.batches, inner, latency=output.latency, ranks=ranks,
             folder=state.folder if state else _kept(output.output), stays=state is not None, progress=progress,
         ) as more:  # fmt: skip
             statistics = take_profile(
@@ -94,13 +99,14 @@ def profile(
             taken = Profile(statistics, origin, *more.found())
             if ranks.is_first:
                 save_profile(taken, output.output, overwrite=output.overwrite)
-        is_resident = walk.is_resident
+        is_resident, memory = walk.is_resident, walk.memory.as_dict()
     ranks.least(1)  # it is written
     shutil.rmtree(_kept(output.output), ignore_errors=True)  # also of an attempt with less memory than this one
     return {
         "checkpoint": source,
         "path": str(output.output),
         "resident": is_resident,
+        "memory": memory,
         "cut": corpus.cut,
         "files": file_facts(corpus),
         "notes": [*cut_notes(subject, text, corpus), *subject.odd_routers],

@@ -64,7 +64,7 @@ def extras(
     experts = None
     try:
         if spec is not None:
-            experts = AllExperts(stream.anatomy, domains, batches, spec, path)
+            experts = AllExperts(stream.anatomy, domains, batches, spec, path, stream.source.scratch.tokens)
             if ranks.is_first:
                 progress.note(estimate(experts, stream, batches))
                 experts.open()

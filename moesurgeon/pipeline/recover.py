@@ -25,7 +25,7 @@ from moesurgeon.pipeline.healing_text import recovery_text, say_amounts
 from moesurgeon.pipeline.known_text import record_of, refuse_known_validation
 from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.recover_adapter import beside, refuse_adapter
-from moesurgeon.pipeline.recover_streamed import fits, streaming
+from moesurgeon.pipeline.recover_streamed import share_training, streaming
 from moesurgeon.pipeline.recover_teacher import (
     experts_of_teacher,
     healed_before,
@@ -45,7 +45,7 @@ from moesurgeon.recovery.objective import Losses, refuse_without_gradient
 from moesurgeon.recovery.result import Recovered, Training
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.state import Store
-from moesurgeon.recovery.streamed import Streaming, bytes_per_step
+from moesurgeon.recovery.streamed import bytes_per_step
 from moesurgeon.recovery.targets import WRITABLE, Adapt, Kind, check_adapt, parts_of
 from moesurgeon.recovery.teacher_cache import Cached
 from moesurgeon.recovery.train import train
@@ -107,13 +107,24 @@ def recover(
     placement = place(running.device, running.dtype, subject.stored_dtype)
     is_itself = shares_weights(subject, teacher)
     ranks = join_ranks(running.device, PATIENCE)
-    fitting = fits(subject.anatomy, placement, spec.adapt, spec.losses, spec.schedule, running)
-    streamed = spec.streamed or not ranks.least(fitting)  # all stream or none does
     length = window_length(subject, text)
     pool, heldout = recovery_text(subject, text, spec.validation, spec.heldout_tokens, progress)
     corpus = spec.schedule.needed(pool, length)
     refuse_known_validation(subject, heldout)
     experts = _experts(subject, teacher, spec)
+    training = Training(
+        adapt=spec.adapt,
+        adapter=spec.adapter,
+        losses=spec.losses,
+        schedule=spec.schedule,
+        changed=spec.changed,
+        experts=experts,
+        length=length,
+    )
+    # Eager experts gather by index, whose gradient one thread of a CPU adds up.
+    opened = Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement, "grouped_mm")
+    # Before the teacher speaks: it may be refused.
+    memory, streamed = share_training(opened, training, heldout, running, ranks, streamed=spec.streamed)
     report: dict[str, Any] = {
         "teacher": spec.teacher,
         "shares_weights": is_itself,
@@ -126,22 +137,17 @@ def recover(
         "text": say_amounts(corpus, heldout, progress if ranks.is_first else SILENT),
         "placement": str(placement),
         "resident": not streamed,
-        "bytes_read_per_step": 0,
+        "bytes_read_per_step": bytes_per_step(opened) if streamed else 0,
+        "memory": memory.as_dict(),
         "healed_before": healed_before(subject),
     }
     if writing.dry_run:
         return {**report, "source": source, "output": str(writing.output), "dry_run": True}
-    training = Training(
-        adapt=spec.adapt,
-        adapter=spec.adapter,
-        losses=spec.losses,
-        schedule=spec.schedule,
-        changed=spec.changed,
-        experts=experts,
-        length=length,
-    )
+    if memory.note and ranks.is_first:
+        progress.note(memory.note)
     texts = [tokens_digest(corpus), tokens_digest(heldout)]
     facts = [asdict(training), streamed, teacher.fingerprint, str(placement), *texts, ranks.size]
+    facts += [memory.scratch.tokens, memory.scratch.positions]  # to rounding it depends on these
     kept = writing.output.absolute().with_name(f".{writing.output.name}.recover")
     store = Store(kept, digest_of(subject, facts), ranks)
     own_folder = store.folder if ranks.is_first else store.folder / str(ranks.number)  # each has files of its own
@@ -153,14 +159,8 @@ def recover(
         "documents": record_of(corpus, heldout),
     }
     with _kept_only_if_killed(store), ExitStack() as stack:
-        # Eager experts gather by index, whose gradient one thread of a CPU adds up.
-        opened = stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement, "grouped_mm"))
-        layers: Streaming | None = None
-        if streamed:  # before the teacher speaks: it may be refused
-            layers = stack.enter_context(
-                streaming(opened, training, heldout, running.max_memory, least=spec.streamed, folder=own_folder)
-            )
-            report["bytes_read_per_step"] = bytes_per_step(opened)
+        stack.enter_context(opened)
+        layers = stack.enter_context(streaming(memory, own_folder)) if streamed else None
         said: Cached | Anatomy = teacher.anatomy
         if not is_itself:
             said = said_by(

@@ -7,14 +7,16 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import moesurgeon
 from moesurgeon.checkpoint.compare import same_tensors
-from moesurgeon.engine.budget import share_out
+from moesurgeon.engine.budget import Demand, share_out
 from moesurgeon.engine.device import Placement
 from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Source, Stream
+from moesurgeon.engine.working import COMPARED
 from moesurgeon.errors import InputError, UsageError
 from moesurgeon.families.keys import count_of
 from moesurgeon.pipeline.provenance import history_of
@@ -130,11 +132,19 @@ def said_by(
     asked = replace(text, windows=in_sampled_order(text.windows))
     if ranks.is_first and not is_cached(place, digest, text.windows):
         with Source.of_checkpoint(teacher.checkpoint, teacher.anatomy, placement) as source:
-            device = placement.device
-            batches = [*spoken_batches(asked, length, device), *judged_batches(heldout, length, device)]
-            with hidden_folder(share_out(max_memory, [source], batches)) as states:
+
+            @cache
+            def demand(tokens: int) -> Demand:
+                made = [each(placement.device, tokens) for each in (spoken, judged)]
+                return Demand(batches=[batch for each in made for batch in each], logits=COMPARED)
+
+            spoken, judged = partial(spoken_batches, asked, length), partial(judged_batches, heldout, length)
+            memory = share_out(max_memory, [source], demand)
+            if memory.note:
+                progress.note(memory.note)
+            with hidden_folder(not memory.hidden_in_files) as states:
                 if streamed:
-                    source.supply.allow(source.supply.least)
+                    source.supply.allow(source.supply.at_least(ahead=memory.read_ahead), ahead=memory.read_ahead)
                 fill_cache(
                     place,
                     digest,

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from moesurgeon.checkpoint.whole_file import refuse_file, whole_file
-from moesurgeon.engine.budget import share_out
+from moesurgeon.engine.budget import Demand, share_out
 from moesurgeon.engine.device import Placement, place
 from moesurgeon.engine.model import context_length
 from moesurgeon.engine.streams import Source
 from moesurgeon.errors import CheckpointError, NothingToDo, UsageError
 from moesurgeon.evaluation.sampled import sampled
 from moesurgeon.families.keys import count_of
-from moesurgeon.pipeline.decoding import ends_of, require_resident, whole
+from moesurgeon.pipeline.decoding import decoding_bytes, ends_of, refuse_spread, whole
 from moesurgeon.pipeline.options import Running, SampleSpec
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.progress import SILENT, Progress
@@ -125,11 +125,10 @@ def _opened(
     if spec.length > most:
         raise UsageError(f"--length {spec.length} does not fit into the context of {subject.name}; give at most {most}")
     source = stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement))
-    # Keys and values of all layers, as if none were shared among heads.
-    positions = spec.rows * (len(beginning) + spec.length)
-    cache = 2 * positions * subject.anatomy.layers * subject.anatomy.hidden * placement.dtype.itemsize
-    share_out(max_memory, [source], [], work=cache)
-    require_resident(source, "sample without --uniform")
+    refuse_spread(placement, "sample without --uniform")
+    # Fewer rows at once would be other texts.
+    work = decoding_bytes(subject.anatomy, placement, rows=spec.rows, positions=len(beginning) + spec.length)
+    share_out(max_memory, [source], lambda _tokens: Demand(batches=[], work=work), whole="sample without --uniform")
     return source, beginning, ends
 
 

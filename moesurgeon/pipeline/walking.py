@@ -3,51 +3,89 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from moesurgeon.engine.batches import BATCH_TOKENS, Batch, batches_of, rows_for
-from moesurgeon.engine.budget import share_out
+from moesurgeon.engine.batches import Batch, batches_of, rows_for
+from moesurgeon.engine.budget import Demand, MemoryUse, share_out
 from moesurgeon.engine.device import Placement
-from moesurgeon.engine.streams import Source
+from moesurgeon.engine.ranks import Ranks
+from moesurgeon.engine.streams import Overlay, Source, Stream
+from moesurgeon.engine.working import ALONE, COMPARED
 from moesurgeon.errors import OutputError
+from moesurgeon.pipeline.options import Running
 from moesurgeon.pipeline.subject import Subject
+from moesurgeon.progress import SILENT, Progress
+from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.traces.windows import Corpus
 
 
 @dataclass(frozen=True)
 class Ready:
-    """``sources``: one per checkpoint; ``folder``: where hidden states have to go, None if into memory."""
+    """``sources``: one per checkpoint; ``folder``: where hidden states have to go, None if into memory. ``memory``:
+    how it is used."""
 
     sources: Sequence[Source]
     batches: Sequence[Batch]
     folder: Path | None
+    memory: MemoryUse
 
     @property
     def is_resident(self) -> bool:
         """Whether all weights stay in memory."""
-        return all(source.supply.plan.is_resident for source in self.sources)
+        return self.memory.resident
 
 
 @contextmanager
 def ready(
-    subjects: Sequence[Subject], corpus: Corpus, placement: Placement, *, length: int, max_memory: int | None
+    subjects: Sequence[Subject],
+    corpus: Corpus,
+    placement: Placement,
+    running: Running,
+    *,
+    length: int,
+    judges: bool = True,
+    plan: EditPlan | None = None,
+    whole: str | None = None,
+    work: int = 0,
+    always: Callable[[int], int] | None = None,
+    ranks: Ranks | None = None,
+    progress: Progress = SILENT,
 ) -> Iterator[Ready]:
-    """Open ``subjects`` to walk with ``corpus`` in windows of up to ``length`` tokens.
+    """Open ``subjects`` to walk with ``corpus`` in windows of up to ``length`` tokens, within ``running.max_memory``.
 
-    ``max_memory``: bytes that the process (on an accelerator: the device) may take; None: most of what is
-    free. Raises UsageError if that is too little, OutputError if there is nowhere to put hidden states.
+    ``judges``: whether logits are needed. ``plan``: what the first subject walks with. ``whole``: who needs all weights
+    in memory, and ``work`` bytes at another time than the walk; ``always``: bytes at all times, by the tokens of a
+    batch. Raises UsageError if memory is too little, OutputError if there is nowhere to put hidden states.
     """
-    batches = list(batches_of(corpus, rows=rows_for(length), tokens=BATCH_TOKENS, device=placement.device))
+
+    @cache
+    def batched(tokens: int) -> list[Batch]:
+        return list(batches_of(corpus, rows=rows_for(length, tokens), tokens=tokens, device=placement.device))
+
     with ExitStack() as stack:
         sources = [
             stack.enter_context(Source.of_checkpoint(subject.checkpoint, subject.anatomy, placement))
             for subject in subjects
         ]
-        fits = share_out(max_memory, sources, batches)
-        yield Ready(sources, batches, stack.enter_context(hidden_folder(fits)))
+        copies = 0 if plan is None else Stream(sources[0], Overlay(plan=plan)).copied_bytes
+        logits = (ALONE if len(sources) == 1 else COMPARED) if judges else 0
+
+        def demand(tokens: int) -> Demand:
+            return Demand(
+                batches=batched(tokens), logits=logits, copies=copies, work=work, always=always(tokens) if always else 0
+            )
+
+        memory = share_out(
+            running.max_memory, sources, demand, whole=whole, agreed=None if ranks is None else ranks.least
+        )
+        folder = stack.enter_context(hidden_folder(not memory.hidden_in_files))
+        if memory.note and (ranks is None or ranks.is_first):
+            progress.note(memory.note)
+        yield Ready(sources, batched(memory.scratch.tokens), folder, memory)
 
 
 @contextmanager

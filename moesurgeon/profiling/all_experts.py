@@ -21,6 +21,7 @@ from moesurgeon.engine.model import MoeBlock
 from moesurgeon.engine.observe import Observation, Visitor, expert_outputs
 from moesurgeon.engine.ranks import Array, Ranks
 from moesurgeon.engine.routing import Routing, routing_of, selection_bias
+from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.errors import OutputError, UsageError
 from moesurgeon.profiling.documents import Documents
 from moesurgeon.profiling.inner import InnerWriter, Shape
@@ -28,8 +29,8 @@ from moesurgeon.profiling.sample import Rows, sampled_rows
 from moesurgeon.surgery.anatomy import Anatomy
 
 LIKELIEST = 64
-# Bytes that are worked on: outputs of experts in the model's dtype, of those in float64, rows that ranks exchange.
-# A batch on its way through a layer needs more.
+# Bytes that are worked on: outputs of experts in the model's dtype, of those in float64, rows that ranks exchange; less
+# where batches are smaller than usual.
 _OUTPUTS, _DOUBLES, _EXCHANGED = 128 << 20, 32 << 20, 32 << 20
 
 
@@ -57,14 +58,33 @@ class InnerSpec:
         )
 
 
+def inner_bytes(anatomy: Anatomy, spec: InnerSpec, tokens: int) -> int:
+    """Return what inner products take beside a walk with batches of ``tokens``: what they are made of, and the rows of
+    a batch with what they are gathered into."""
+    shape = spec.shape(anatomy, spec.tokens)
+    rows = min(tokens, shape.tokens) * _width(shape) * 4
+    return (_OUTPUTS + 4 * _DOUBLES) * tokens // BATCH_TOKENS + 2 * rows + 2 * min(2 * rows, _EXCHANGED)
+
+
+def _width(shape: Shape) -> int:
+    return sum(int(np.prod(each)) for each in shape.row.values())
+
+
 class AllExperts:
     """Runs the experts on a sample of the tokens of ``batches`` (those of all processes) and keeps inner products.
 
-    The first process writes them to ``path``; what is there of a walk that was killed stays.
+    The first process writes them to ``path``; what is there of a walk that was killed stays. ``tokens``: of a batch at
+    most, by which memory at work is measured.
     """
 
     def __init__(
-        self, anatomy: Anatomy, domains: tuple[str, ...], batches: Sequence[Batch], spec: InnerSpec, path: Path
+        self,
+        anatomy: Anatomy,
+        domains: tuple[str, ...],
+        batches: Sequence[Batch],
+        spec: InnerSpec,
+        path: Path,
+        tokens: int = BATCH_TOKENS,
     ) -> None:
         self.shape = spec.shape(anatomy, sum(batch.text_tokens for batch in batches))
         self._path = path
@@ -72,7 +92,8 @@ class AllExperts:
         self._batches, self._domains = batches, domains
         self._rows = sampled_rows(batches, self.shape.tokens)
         self._starts = np.concatenate([[0], np.cumsum([len(rows) for rows in self._rows])])
-        self._width = sum(int(np.prod(shape)) for shape in self.shape.row.values())
+        self._width = _width(self.shape)
+        self._at_once = tokens
         self._taken = np.empty((0, self._width), np.float32)
         self._bias: Array | None = None
         self._writer: InnerWriter | None = None
@@ -143,7 +164,7 @@ class AllExperts:
         at = torch.from_numpy(rows).to(seen.inputs.device)
         likeliest = likeliest_experts(self._routing, seen.logits[at], seen.indices[at], selection_bias(block), kept)
         found = np.empty((len(rows), self._width), np.float32)
-        for place, products in inner_products(block, seen.inputs[at], seen.output[at], likeliest):
+        for place, products in inner_products(block, seen.inputs[at], seen.output[at], likeliest, self._at_once):
             parts = [*products, seen.logits[at[place]].double()]
             if kept < self.shape.experts:
                 parts.append(likeliest[place].double())
@@ -157,15 +178,19 @@ class AllExperts:
 
 
 def inner_products(
-    block: MoeBlock, inputs_nH: torch.Tensor, output_nH: torch.Tensor, experts_nm: torch.Tensor
+    block: MoeBlock,
+    inputs_nH: torch.Tensor,
+    output_nH: torch.Tensor,
+    experts_nm: torch.Tensor,
+    tokens: int = BATCH_TOKENS,
 ) -> Iterator[tuple[slice, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
     """Yield, for some rows at a time, <f_i, f_j> [r, m, m], <f_j, y> [r, m] and |y|^2 [r, 1] in float64.
 
-    f are the outputs of ``experts_nm`` on ``inputs_nH``, y is ``output_nH``.
+    f are the outputs of ``experts_nm`` on ``inputs_nH``, y is ``output_nH``. ``tokens``: see :class:`AllExperts`.
     """
     kept, hidden = experts_nm.shape[1], inputs_nH.shape[1]
-    step = max(1, _OUTPUTS // (kept * hidden * inputs_nH.dtype.itemsize))
-    finer = max(1, _DOUBLES // (kept * hidden * 8))
+    step = max(1, _OUTPUTS * tokens // BATCH_TOKENS // (kept * hidden * inputs_nH.dtype.itemsize))
+    finer = max(1, _DOUBLES * tokens // BATCH_TOKENS // (kept * hidden * 8))
     for first in range(0, len(inputs_nH), step):
         some, chosen = inputs_nH[first : first + step], experts_nm[first : first + step]
         outputs = torch.zeros(len(some), kept, hidden, dtype=some.dtype, device=some.device)

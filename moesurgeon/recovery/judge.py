@@ -11,6 +11,7 @@ import torch
 
 from moesurgeon.engine.batches import Batch, batches_of, rows_for
 from moesurgeon.engine.ranks import Ranks
+from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.engine.streams import Stream
 from moesurgeon.evaluation.measure import LOSS, Measurement, measure
 from moesurgeon.progress import SILENT, Progress
@@ -36,9 +37,9 @@ class Judgement:
         return float(self.sums.sum() / self.measured.positions.sum())
 
 
-def judged_batches(heldout: Corpus, length: int, device: torch.device) -> list[Batch]:
-    """Return the batches in which ``heldout`` is judged."""
-    return list(batches_of(heldout, rows=rows_for(length), device=device))
+def judged_batches(heldout: Corpus, length: int, device: torch.device, tokens: int = BATCH_TOKENS) -> list[Batch]:
+    """Return the batches of about ``tokens`` in which ``heldout`` is judged."""
+    return list(batches_of(heldout, rows=rows_for(length, tokens), device=device))
 
 
 class Judge:
@@ -60,7 +61,8 @@ class Judge:
     ) -> None:
         self._stream, self._learning, self._folder, self._ranks = stream, learning, folder, ranks or Ranks()
         self._domains = heldout.domains
-        self.batches: list[Batch] = judged_batches(heldout, length, stream.source.placement.device)
+        source = stream.source
+        self.batches: list[Batch] = judged_batches(heldout, length, source.placement.device, source.scratch.tokens)
 
     def judged(self, progress: Progress = SILENT) -> Judgement:
         """Return losses and use of the model; it needs nothing but a forward pass."""

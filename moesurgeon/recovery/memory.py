@@ -11,31 +11,40 @@ from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.result import Training
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.targets import parts_of
-from moesurgeon.runtime.cost import count_flops, count_parameters
+from moesurgeon.runtime.cost import count_flops
 from moesurgeon.surgery.anatomy import Anatomy
 
 
-def training_bytes(
+@dataclass(frozen=True)
+class ResidentBytes:
+    """``always``: what is trained, beside the weights; ``work``: what a step needs."""
+
+    always: int
+    work: int
+
+
+def resident_bytes(
     anatomy: Anatomy, placement: Placement, adapt: Sequence[str], losses: Losses, schedule: Schedule
-) -> int:
-    """Return about the bytes that training ``anatomy`` takes: weights, what is trained, and one step.
+) -> ResidentBytes:
+    """Return about the bytes that training ``anatomy`` takes beside its weights.
 
     What is trained has 16 bytes a number (float32 with its gradient and Adam's two moments). While experts are
     trained their merged weights exist beside their own, in the graph and when they are judged.
     """
     size = placement.dtype.itemsize
-    weights = count_parameters(anatomy).total * size
     trained, merged = _trained(anatomy, adapt, schedule.rank)
     layers = anatomy.layers if not schedule.recompute else 1
     step = _step_bytes(anatomy, placement, adapt, losses, schedule, tokens=schedule.tokens_per_step, layers=layers)
     kept = schedule.tokens_per_step * anatomy.layers * anatomy.hidden * size
-    return weights + 16 * trained + 2 * merged * size + step + kept
+    return ResidentBytes(16 * trained + 2 * merged * size, step + kept)
 
 
 @dataclass(frozen=True)
 class StreamedBytes:
-    """``work``: what a streamed step needs in memory beside two layers; ``held``: what can go to a file."""
+    """``always``: what is trained, and merged of a layer; ``work``: what a step needs beside the layers; ``held``: what
+    can go to a file."""
 
+    always: int
     work: int
     held: int
 
@@ -55,7 +64,8 @@ def streamed_bytes(anatomy: Anatomy, placement: Placement, training: Training, p
     states = layers * (2 if losses.hidden else 1) + 4
     routers = 4 * anatomy.experts * len(anatomy.moe_layers) if losses.router else 0
     return StreamedBytes(
-        16 * trained + 16 * merged // max(1, len(anatomy.moe_layers)) + work + step * routers,
+        16 * trained + 16 * merged // max(1, len(anatomy.moe_layers)),
+        work + step * routers,
         step * states * anatomy.hidden * size,
     )
 

@@ -54,6 +54,7 @@ class Resident:
         if training.schedule.recompute:
             stack.enter_context(recomputed(model, self.anatomy))
         stream = Stream(Source.of_model(model, self.anatomy))
+        stream.source.scratch = student.source.scratch
         self._judge = Judge(stream, self._learning, heldout, training.length, ranks=self._ranks)
         self._adapted: Adapted | None = None
         self._teacher: Teacher | None = None

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from moesurgeon.engine.batches import Batch, rows_for, to_batch
-from moesurgeon.engine.budget import LOGIT_POSITIONS
+from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.engine.streams import Stream
 from moesurgeon.engine.walk import Layer, Tail, Walk
 from moesurgeon.progress import Progress
@@ -27,9 +27,9 @@ from moesurgeon.traces.windows import Corpus
 Array = NDArray[Any]
 
 
-def spoken_batches(corpus: Corpus, length: int, device: torch.device) -> list[Batch]:
-    """Return the windows of ``corpus`` in their order, in batches."""
-    step = rows_for(length)
+def spoken_batches(corpus: Corpus, length: int, device: torch.device, tokens: int = BATCH_TOKENS) -> list[Batch]:
+    """Return the windows of ``corpus`` in their order, in batches of about ``tokens``."""
+    step = rows_for(length, tokens)
     return [to_batch(corpus.windows[start : start + step], device) for start in range(0, len(corpus.windows), step)]
 
 
@@ -87,14 +87,12 @@ def _pass(layer: Layer, teacher: Stream, learning: Learning, number: int, losses
 
 
 def _likeliest(tail: Tail, teacher: Stream, number: int, temperature: float) -> Likeliest:
-    """Return what is kept of the logits of a batch, of which only some windows' are in memory at once."""
+    """Return what is kept of the logits of a batch, of which only some positions' are in memory at once."""
     batch, hidden = tail.walk.batches[number], tail.walk.hidden[teacher].get(number)
-    step = max(1, LOGIT_POSITIONS // hidden.shape[1])
     found = []
     with torch.no_grad():
-        for start in range(0, len(hidden), step):
-            logits = tail.on(teacher, hidden[start : start + step])
-            found.append(Likeliest.of(logits[batch.is_text[start : start + step]], temperature))
+        for some in hidden[batch.is_text].split(teacher.source.scratch.positions):
+            found.append(Likeliest.of(tail.on(teacher, some[None])[0], temperature))
     return Likeliest(
         torch.cat([each.indices for each in found]),
         torch.cat([each.logq for each in found]),

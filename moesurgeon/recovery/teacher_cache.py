@@ -121,10 +121,10 @@ def fill_cache(
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        anatomy = teacher.anatomy
+        anatomy, source = teacher.anatomy, teacher.source
         with learning_routers(teacher.skeleton.model, anatomy, candidates=anatomy.top_k) as learning:
             judged = Judge(teacher, learning, heldout, length, states).judged(progress)
-            batches = spoken_batches(corpus, length, teacher.source.placement.device)
+            batches = spoken_batches(corpus, length, source.placement.device, source.scratch.tokens)
             arrays = write_said(part, teacher, learning, batches, losses, states=states, progress=progress)
         np.save(part / _HELDOUT, judged.sums)
         np.save(part / _COUNTS, judged.counts)

@@ -165,19 +165,14 @@ def test_continuations_change_no_other_figure(evaluate: Callable[..., Any]) -> N
 
 
 def test_continuations_need_the_checkpoint_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = budget.share_out
-
-    def little(limit: int | None, sources: Any, batches: Any) -> bool:
-        fits = real(limit, sources, batches)
-        for source in sources:
-            source.supply.allow(source.supply.least)
-        return fits
-
-    monkeypatch.setattr("moesurgeon.pipeline.walking.share_out", little)
-    assert succeeded("evaluate", MIXTRAL, *TEXT, "--json").json["resident"] is False
+    """Batches get smaller before that is refused, and the refusal says how much would do."""
+    monkeypatch.setattr(budget, "taken_bytes", lambda *_given: 0)
+    limit = ("--max-memory", "30MB")
+    assert succeeded("evaluate", MIXTRAL, *TEXT, "--json", "--max-memory", "10MB").json["resident"] is False
+    assert succeeded("evaluate", MIXTRAL, *TEXT, *CONTINUE, "--json", *limit).json["resident"] is True
     monkeypatch.setattr("moesurgeon.pipeline.evaluate.measure", pytest.fail)
-    says = ("every new token would be a read of all its layers", "raise --max-memory")
-    refused(2, "evaluate", MIXTRAL, *TEXT, *CONTINUE, says=says)
+    says = ("--continuations needs the checkpoint in memory", "--max-memory is 10MB: give at least")
+    refused(2, "evaluate", MIXTRAL, *TEXT, *CONTINUE, "--max-memory", "10MB", says=says)
 
 
 def test_continuations_have_to_fit_into_the_context() -> None:

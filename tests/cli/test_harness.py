@@ -131,19 +131,12 @@ def test_tasks_that_cannot_be_run(tasks: Path, tmp_path: Path, monkeypatch: pyte
 def test_texts_need_the_checkpoint_in_memory(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moesurgeon.engine import budget
 
-    real = budget.share_out
-
-    def little(limit: int | None, sources: list[object], batches: list[object]) -> bool:
-        fits = real(limit, sources, batches)  # type: ignore[arg-type]
-        for source in sources:
-            source.supply.allow(source.supply.least)  # type: ignore[attr-defined]
-        return fits
-
-    monkeypatch.setattr("moesurgeon.pipeline.harness.share_out", little)
-    report = succeeded("harness", MIXTRAL, "--task", tasks / "sums.yaml", "--json").json
+    monkeypatch.setattr(budget, "taken_bytes", lambda *_given: 0)
+    limit = ("--max-memory", "10MB")
+    report = succeeded("harness", MIXTRAL, "--task", tasks / "sums.yaml", "--json", *limit).json
     assert report["resident"] is False
-    says = ("a task that generates text needs the checkpoint in memory",)
-    refused(2, "harness", MIXTRAL, "--task", tasks / "texts.yaml", says=says)
+    says = ("a task that generates text needs the checkpoint in memory", "give at least")
+    refused(2, "harness", MIXTRAL, "--task", tasks / "texts.yaml", *limit, says=says)
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,8 @@ def test_killed_with_states_in_files(out: Path, tmp_path: Path) -> None:
     """What is left is in TMPDIR alone."""
     script = (
         "from moesurgeon.pipeline import heal_budget\n"
-        "heal_budget.share_out = lambda *given, **more: False\n"
+        "from tests.engine.tight import tight\n"
+        "heal_budget.share_out = tight\n"
         "from moesurgeon.cli import main\n"
         "main()\n"
     )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moesurgeon.engine import budget
+from moesurgeon.engine import free
 from moesurgeon.engine.loading import Loader
 from moesurgeon.pipeline import walking
 from tests.cli.broken import SHARD, whole
 from tests.cli.invoke import contents, moesurgeon, one_line, refused, succeeded
+from tests.engine.tight import tight
 
 MIXTRAL = "builtin:tiny-mixtral"
 TEXT = ("-t", "builtin:json", "--max-tokens", "512", "--length", "64", "--device", "cpu")
@@ -27,21 +27,15 @@ INPUT, USAGE = 3, 2
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is free is just enough for two layers of each checkpoint, whatever this process has already."""
-
-    def share_out(_limit: int | None, sources: Sequence[walking.Source], _batches: object) -> bool:
-        for source in sources:
-            source.supply.allow(source.supply.least)
-        return False
-
-    monkeypatch.setattr(walking, "share_out", share_out)
+    monkeypatch.setattr(walking, "share_out", tight)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_too_little_is_refused_in_one_line(command: str, out: Path) -> None:
     arguments = [*COMMANDS[command](out), *TEXT]
-    for limit in ("1MB", "1"):
-        message = refused(USAGE, *arguments, "--max-memory", limit, says=("--max-memory leaves 0 bytes", "two layers"))
-        assert "raise it, shorten --length, or compute in a smaller --dtype" in message
+    for limit in ("1MB", "1B"):
+        message = refused(USAGE, *arguments, "--max-memory", limit, says=("this needs", f"--max-memory is {limit}"))
+        assert "shorten --length, or compute in a smaller --dtype" in message
     refused(USAGE, *arguments, "--max-memory", "some", says=("'some' is no size", "5GB"))
     refused(USAGE, *arguments, "--max-memory", "-1", says=("is no size",))
     assert contents(out.parent) == {}
@@ -51,8 +45,8 @@ def test_too_little_is_refused_in_one_line(command: str, out: Path) -> None:
 def test_too_little_that_is_free_does_not_blame_an_option(
     command: str, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "_available", lambda: 1000)
-    message = refused(USAGE, *COMMANDS[command](out), *TEXT, says=("the memory that is free leaves 0 bytes",))
+    monkeypatch.setattr(free, "available_bytes", lambda: 1000)
+    message = refused(USAGE, *COMMANDS[command](out), *TEXT, says=("and 800B of the memory that is free may be used",))
     assert "--max-memory" not in message
 
 
@@ -69,6 +63,7 @@ def test_what_does_not_fit_gives_the_same_report(
     assert found.pop("resident") is False
     for report in (expected, found):
         report.pop("tokens_per_second", None)
+        report.pop("memory")
     assert found == expected
     assert set(contents(out.parent)) <= {"out", "out/profile.json", "out/stats.safetensors"}
 

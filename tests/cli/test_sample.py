@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from moesurgeon.engine.streams import Source
+from moesurgeon.engine import budget
 from moesurgeon.pipeline.sample import uniform
 from tests.cli.invoke import moesurgeon, one_line, refused, succeeded
 from tests.conftest import BUILTIN
@@ -46,7 +45,9 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
     refused(USAGE, "sample", BUILTIN[0], "-o", tmp_path / "own.txt", *SMALL, says=("name it something.jsonl",))
     refused(USAGE, "sample", BUILTIN[0], "-o", tmp_path / "a" / "own.jsonl", "--length", "100000", says=("context",))
     refused(USAGE, "sample", BUILTIN[0], "-o", file, "--length", "100000", says=("context", "give at most"))
-    refused(USAGE, "sample", BUILTIN[0], "-o", file, *SMALL, "--max-memory", "1MB", says=("--max-memory", "raise it"))
+    refused(
+        USAGE, "sample", BUILTIN[0], "-o", file, *SMALL, "--max-memory", "1MB", says=("--max-memory", "give at least")
+    )
     assert not list(tmp_path.iterdir())
     file.write_text("mine")
     refused(USAGE, "sample", BUILTIN[0], "-o", file, *SMALL, says=("exists", "--overwrite"))
@@ -81,13 +82,10 @@ def test_two_at_once_and_one_after_the_other(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_checkpoint_beyond_memory_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tight(_limit: int | None, sources: Sequence[Source], *_batches: object, **_work: int) -> None:
-        sources[0].supply.allow(sources[0].supply.least)
-
-    monkeypatch.setattr("moesurgeon.pipeline.sample.share_out", tight)
+    monkeypatch.setattr(budget, "taken_bytes", lambda *_given: 0)
     refused(
-        USAGE, "sample", BUILTIN[1], "-o", tmp_path / "own.jsonl", *SMALL,
-        says=("sample without --uniform needs the checkpoint in memory",),
+        USAGE, "sample", BUILTIN[1], "-o", tmp_path / "own.jsonl", *SMALL, "--max-memory", "9MB",
+        says=("sample without --uniform needs the checkpoint in memory", "--max-memory is 9MB: give at least"),
     )  # fmt: skip
     assert not list(tmp_path.iterdir())
     succeeded("sample", BUILTIN[1], "-o", tmp_path / "own.jsonl", *FEW, "--uniform")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moesurgeon.engine import arguments
+from moesurgeon.engine.scratch import Scratch
 from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import CheckpointError
 from moesurgeon.pipeline.subject import Subject, open_subject
@@ -48,8 +49,9 @@ def test_what_is_not_remembered_is_asked_for_again(
     batches = [text(20, 9), text(20, 20), text(12, 30), text(8), text(9)]
     expected = walked([stream_of(tiny)], batches)[0]
     monkeypatch.setattr(arguments, "_REMEMBERED", shapes)
-    monkeypatch.setattr(arguments, "_MASK_BYTES", room)
-    assert same(walked([stream_of(tiny)], batches)[0], expected)
+    stream = stream_of(tiny)
+    stream.source.scratch = Scratch(masks=room)
+    assert same(walked([stream], batches)[0], expected)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -89,13 +89,13 @@ def _reading() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("moesurgeon-read")]
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(0, 400))
-def test_memory_is_planned_within_the_limit(sizes: list[int], limit: int) -> None:
-    least = min(2 * max(sizes), sum(sizes))
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(0, 400), st.sampled_from([1, 2]))
+def test_memory_is_planned_within_the_limit(sizes: list[int], limit: int, slots: int) -> None:
+    least = min(slots * max(sizes), sum(sizes))
     limit = max(limit, least)
-    plan = plan_memory(sizes, limit)
+    plan = plan_memory(sizes, limit, slots)
     assert plan.nbytes <= limit
-    assert plan.nbytes == sum(sizes[group] for group in plan.kept) + 2 * plan.slot
+    assert plan.nbytes == sum(sizes[group] for group in plan.kept) + slots * plan.slot
     assert plan.is_resident == (sum(sizes) <= limit or plan.slot == 0)
     passing = [size for group, size in enumerate(sizes) if group not in plan.kept]
     assert max(passing, default=0) <= plan.slot
@@ -137,6 +137,23 @@ def test_two_slots_are_all_the_memory_that_streaming_takes(monkeypatch: pytest.M
     for _ in range(3):
         assert list(_walk(reader.supply)) == list(range(GROUPS))
     assert reader.most == 2 * reader.supply.plan.slot == reader.supply.least
+
+
+@pytest.mark.parametrize("more", [0, 100, 600])
+def test_with_one_slot_a_layer_is_read_when_the_one_before_is_done(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader(monkeypatch)
+    limit = reader.supply.at_least(ahead=False) + more
+    reader.supply.allow(limit, ahead=False)
+    assert limit < reader.supply.least + more and reader.supply.plan.slots == 1
+    for _ in range(2):
+        for group in _walk(reader.supply):
+            assert max(reader.reads) <= max(group, *reader.supply.plan.kept, 0)
+        reader.reads.clear()
+        reader.reads.append(0)
+    assert [group for group in _walk(reader.supply, 1, 4)] == [1, 2, 3]
+    gc.collect()
+    assert reader.most <= reader.supply.plan.nbytes <= limit
+    assert not _reading()
 
 
 @pytest.mark.parametrize("more", [0, 600, 2000, 100_000])

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 pytest.importorskip("lm_eval", reason="needs the extra harness: pip install 'moesurgeon[harness]'")
 
 from moesurgeon.engine.batches import Batch
+from moesurgeon.engine.scratch import Scratch
 from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.errors import UsageError
 from moesurgeon.evaluation import harness
@@ -44,8 +45,8 @@ class Asked:
 def _walking(subject: Subject, source: Source, context: int = 512, ends: Sequence[int] = (1,)) -> WalkingModel:
     tokenizer = AutoTokenizer.from_pretrained(subject.root)
 
-    def fit(batches: Sequence[Batch]) -> AbstractContextManager[None]:
-        return nullcontext()
+    def fit(batches: harness.Batches) -> AbstractContextManager[tuple[Sequence[Batch], None]]:
+        return nullcontext((batches(source.scratch.tokens), None))
 
     @contextmanager
     def resident() -> Iterator[PreTrainedModel]:
@@ -116,14 +117,13 @@ def test_generated_texts_are_those_of_the_harness(model: WalkingModel, stock: An
 
 @pytest.mark.parametrize(("tokens", "positions"), [(8192, 1), (64, 7), (1, 2048)])
 def test_neither_batches_nor_blocks_nor_memory_matter(
-    tokens: int, positions: int, tiny_mixtral: Subject, model: WalkingModel, monkeypatch: pytest.MonkeyPatch
+    tokens: int, positions: int, tiny_mixtral: Subject, model: WalkingModel
 ) -> None:
     expected = model.loglikelihood(_asked(PAIRS))
     source = source_of(tiny_mixtral)
     source.supply.allow(source.supply.least)
     assert not source.supply.plan.is_resident
-    monkeypatch.setattr(harness, "rows_for", lambda length: max(1, tokens // length))
-    monkeypatch.setattr(harness, "LOGIT_POSITIONS", positions)
+    source.scratch = Scratch(tokens, positions)
     again = _walking(tiny_mixtral, source).loglikelihood(_asked(PAIRS))
     assert [logprob for logprob, _ in again] == pytest.approx([logprob for logprob, _ in expected], abs=1e-3)
 

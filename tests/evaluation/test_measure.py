@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moesurgeon.engine.batches import rows_for
+from moesurgeon.engine.scratch import Scratch
 from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
 from moesurgeon.evaluation import measure as measuring
@@ -143,7 +144,7 @@ def test_neither_batches_nor_blocks_of_positions_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert rows != rows_for(LENGTH)
-    monkeypatch.setattr(measuring, "LOGIT_POSITIONS", block)
+    monkeypatch.setattr(streams[0].source, "scratch", Scratch(positions=block))
     again = _measure(streams[0], corpus, streams[1], rows)
     np.testing.assert_allclose(again.buckets, measured.buckets, rtol=1e-5, atol=1e-5)
     for name in ("domain", "document", "positions"):

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,12 @@ import pytest
 from moesurgeon.engine import state
 from moesurgeon.engine.hidden import HiddenStates
 from moesurgeon.engine.state import WalkState
-from moesurgeon.engine.streams import Source
 from moesurgeon.engine.walk import Layer, Walk
 from moesurgeon.errors import OutputError
 from moesurgeon.pipeline import walking
 from moesurgeon.pipeline.options import Running, Text
 from moesurgeon.pipeline.profile import ProfileOutput, profile
+from tests.engine.tight import plenty, tight
 from tests.faults.forked import ended, forked, kill_at, killed
 
 CHECKPOINT = "builtin:tiny-mixtral"
@@ -47,12 +46,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def _streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers fit into memory, and no hidden states."""
 
-    def share_out(_limit: int | None, sources: Sequence[Source], _batches: object) -> bool:
-        for source in sources:
-            source.supply.allow(source.supply.least)
-        return False
-
-    monkeypatch.setattr(walking, "share_out", share_out)
+    monkeypatch.setattr(walking, "share_out", tight)
 
 
 @pytest.fixture
@@ -215,7 +209,7 @@ def test_a_state_goes_when_the_next_attempt_needs_none(
 ) -> None:
     """The first one had too little memory, the second has enough."""
     assert _dies(tmp_path / "profile", HiddenStates, "put", BATCHES * 3 + 1) == -9
-    monkeypatch.setattr(walking, "share_out", lambda *_arguments: True)
+    monkeypatch.setattr(walking, "share_out", plenty)
     assert _take(tmp_path / "profile") == clean
     assert _names(tmp_path) == ["profile"]
 

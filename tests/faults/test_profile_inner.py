@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import pytest
 from moesurgeon.engine import state
 from moesurgeon.engine.hidden import HiddenStates
 from moesurgeon.engine.state import WalkState
-from moesurgeon.engine.streams import Source
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import OutputError
 from moesurgeon.pipeline import walking
@@ -26,6 +25,7 @@ from moesurgeon.profiling import all_experts
 from moesurgeon.profiling.all_experts import AllExperts
 from moesurgeon.profiling.artefact import load_profile
 from moesurgeon.profiling.inner import InnerWriter
+from tests.engine.tight import tight
 from tests.faults.forked import ended, forked, kill_at
 
 CHECKPOINT = "builtin:tiny-deepseek"
@@ -51,12 +51,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers fit into memory, and no hidden states."""
 
-    def share_out(_limit: int | None, sources: Sequence[Source], _batches: object) -> bool:
-        for source in sources:
-            source.supply.allow(source.supply.least)
-        return False
-
-    monkeypatch.setattr(walking, "share_out", share_out)
+    monkeypatch.setattr(walking, "share_out", tight)
 
 
 @pytest.fixture

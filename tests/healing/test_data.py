@@ -70,7 +70,7 @@ def test_padding_is_no_data(stock: Stock) -> None:
         assert len(stop.train) == sum(batch.text_tokens for batch in LEARN)
         assert len(stop.heldout) == sum(batch.text_tokens for batch in HELD)
         assert stop.train.indices.shape == (len(stop.train), 2)
-        assert [rows for rows, *_ in stop.train.chunks(300, torch.device("cpu"))][:2] == [
+        assert [rows for rows, *_ in stop.train.chunks(torch.device("cpu"), 300)][:2] == [
             slice(0, 300),
             slice(300, 600),
         ]

@@ -204,11 +204,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_what_trials_take_is_known_before(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept is counted as far as it is kept."""
-    monkeypatch.setattr("moesurgeon.healing.memory._INNER", 0)
+    for name in ("_INNER", "_SUBSETS"):
+        monkeypatch.setattr(f"moesurgeon.healing.memory.{name}", 0)
     stream = Stream(source_of(open_subject(str(stock("deepseek")))))
     wide, hidden, tokens = 64, 64, 1000  # of the two shared experts together
     most = trial_bytes(stream, tokens)
     expected = 4 * tokens * (3 * hidden + 3 * 8 + 8 * 9 + 8 * wide + 4 * wide) + 9 * 7 * wide**2 * 4
     assert most == expected
-    monkeypatch.setattr("moesurgeon.healing.memory.CACHE", 0)
+    monkeypatch.setattr("moesurgeon.healing.trials.CACHE", 0)
     assert trial_bytes(stream, tokens) == expected - 8 * (4 * tokens * wide + 7 * wide**2 * 4)

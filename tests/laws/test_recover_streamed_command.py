@@ -18,6 +18,7 @@ from moesurgeon.pipeline.prune import prune
 from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.recover import RecoverSpec
 from moesurgeon.pipeline.subject import open_subject
+from moesurgeon.recovery.memory import ResidentBytes
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.streamed import Streamed
@@ -134,12 +135,12 @@ def test_memory_decides(case: Case, out: Path, monkeypatch: pytest.MonkeyPatch) 
     """What does not fit is streamed, with as many layers in memory as there is room for; two have to fit."""
     options = _options(case, "full-routers")
     assert recovered_to(case.student.name, case.teacher.name, out, **options)["resident"] is True
-    monkeypatch.setattr(recover_streamed, "free_bytes", lambda *_: 0)
+    monkeypatch.setattr(recover_streamed, "resident_bytes", lambda *_: ResidentBytes(0, 1 << 50))
     report = recovered_to(case.student.name, case.teacher.name, out.with_name("two"), **options)
     assert (report["resident"], report["bytes_read_per_step"]) == (False, 0)
     spec = RecoverSpec(teacher=case.teacher.name, **options)
     little = Running(device="cpu", max_memory=1)
-    with pytest.raises(UsageError, match="--max-memory leaves 0 bytes for weights, but two layers at a time need"):
+    with pytest.raises(UsageError, match=r"this needs .*, --max-memory is 1B: give at least"):
         pipeline.recover(
             case.student.name, spec, Text(length=LENGTH), little, replace(Writing(output=out.with_name("three")))
         )

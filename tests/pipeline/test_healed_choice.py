@@ -22,6 +22,7 @@ from moesurgeon.profiling.artefact import load_profile
 from moesurgeon.progress import SILENT
 from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import plan_prune
+from tests.engine.tight import tight
 
 TRACES = ("builtin:json", "builtin:logs")
 RIDGE = HealSpec(traces=TRACES, method="ridge", max_tokens=2048, heldout_tokens=1024)
@@ -95,19 +96,13 @@ def test_with_little_memory_the_same_is_chosen(
     monkeypatch.setattr("tempfile.tempdir", None)
     spec = _spec(taken[tiny_deepseek.name], keep=15)
     expected = prune(tiny_deepseek.name, spec, Writing(output=tmp_path / "resident"), running=RUNNING)
-    asked: list[int] = []
-    real = heal_budget.share_out
-
-    def little(limit: int | None, sources: Any, batches: Any, *, work: int, held: int) -> bool:
-        asked.append(work)
-        real(limit, sources, batches, work=work, held=held)
-        sources[0].supply.allow(sources[0].supply.least)
-        return False
-
-    monkeypatch.setattr(heal_budget, "share_out", little)
+    monkeypatch.setattr(heal_budget, "share_out", tight)
     found = prune(tiny_deepseek.name, spec, Writing(output=tmp_path / "streamed"), running=RUNNING)
     assert found["choice"] == expected["choice"] and found["healing"] == expected["healing"]
-    prune(tiny_deepseek.name, replace(spec, criterion="reap"), Writing(output=tmp_path / "reap"), running=RUNNING)
+    reap = prune(
+        tiny_deepseek.name, replace(spec, criterion="reap"), Writing(output=tmp_path / "reap"), running=RUNNING
+    )
+    asked = [report["healed"]["memory"]["estimate"] for report in (found, reap)]
     assert asked[0] > asked[1] > 0  # what the trials take is asked for
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reap", "resident", "streamed"]
 

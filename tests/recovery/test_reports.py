@@ -20,7 +20,7 @@ from moesurgeon.recovery.closed import closed
 from moesurgeon.recovery.estimator import learning_routers
 from moesurgeon.recovery.judge import Judge
 from moesurgeon.recovery.log import Log, check_log, flat
-from moesurgeon.recovery.memory import training_bytes
+from moesurgeon.recovery.memory import resident_bytes
 from moesurgeon.recovery.monitor import changed_experts, usage_of
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.result import Recovered
@@ -183,7 +183,8 @@ def test_memory_is_that_of_weights_and_what_is_trained(anatomy: Anatomy) -> None
     small = Schedule(tokens_per_step=8, candidates=2, rank=1)
 
     def needed(*adapt: str, placement: Placement = float32, schedule: Schedule = small) -> int:
-        return training_bytes(anatomy, placement, adapt, Losses(), schedule)
+        takes = resident_bytes(anatomy, placement, adapt, Losses(), schedule)
+        return takes.always + takes.work
 
     routers = needed("routers")
     assert needed("full-routers") - routers == 16 * 2 * (8 * 32 - (8 + 32))  # 2 layers, 8 experts, 32 wide
