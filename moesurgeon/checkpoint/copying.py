@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
+from moesurgeon.checkpoint.faults import FULL
 from moesurgeon.checkpoint.header import BLOCK
 from moesurgeon.errors import CheckpointError
 from moesurgeon.progress import Advance
@@ -77,6 +78,8 @@ class Appender:
         try:
             done = os.preadv(source, [self._buffer[:length]], offset)
         except OSError as error:
+            if error.errno in FULL:
+                raise
             raise CheckpointError(f"a shard cannot be read ({error.strerror}); copy it from elsewhere") from error
         self.write(self._buffer[:done])
         return done

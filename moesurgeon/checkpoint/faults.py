@@ -17,8 +17,8 @@ from pathlib import Path
 from moesurgeon.errors import InputError, MoeSurgeonError, OutputError
 
 _FREE = "free space, or choose another place"
-# Only writing runs into these.
-_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
+# Only writing runs into these, and reading through a cache on a disk.
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
 
 
 def explained(error: OSError, written: Iterable[Path]) -> MoeSurgeonError | None:
@@ -30,10 +30,10 @@ def explained(error: OSError, written: Iterable[Path]) -> MoeSurgeonError | None
     if path is None:
         if "temporary directory" in str(error):  # of tempfile
             return OutputError("no folder for temporary files can be written to; set TMPDIR to one with room")
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             return None
         return OutputError(f"the output could not be written ({_reason(error)}); {_FREE}")
-    if error.errno in _FULL or any(is_below(path, place) for place in written):
+    if error.errno in FULL or any(is_below(path, place) for place in written):
         return OutputError(f"{path} could not be written ({_reason(error)}); {_FREE}")
     if any(is_below(path, place) for place in (Path(__file__).parents[1], Path(sys.prefix))):
         return None

@@ -205,8 +205,8 @@ def _record(spec: PruneSpec, profile: Profile, criterion: str) -> dict[str, Any]
     return record
 
 
-def _by_file(subject: Subject, spec: PruneSpec, path: Path) -> Choice:
-    """Return the choice in a file; with a profile also what that says of it."""
+def choice_of_file(spec: PruneSpec, path: Path) -> Choice:
+    """Return the choice in ``path``; UsageError where ``spec`` says more of it, InputError for what is no choice."""
     if spec.wants_curve:
         raise UsageError("--curve follows from a profile: give --profile, without --keep-experts")
     if (spec.keep, spec.ratio, spec.below, spec.criterion, spec.protect) != (None, None, None, None, ()):
@@ -214,7 +214,12 @@ def _by_file(subject: Subject, spec: PruneSpec, path: Path) -> Choice:
             "--keep-experts already says what stays: leave out --keep, --ratio, --below, --criterion and --protect "
             "(--profile may stay: it says what traffic goes)"
         )
-    choice = Choice(read_kept(path), {"criterion": "keep-experts"})
+    return Choice(read_kept(path), {"criterion": "keep-experts"})
+
+
+def _by_file(subject: Subject, spec: PruneSpec, path: Path) -> Choice:
+    """Return the choice in a file; with a profile also what that says of it."""
+    choice = choice_of_file(spec, path)
     if spec.profile is None:
         return choice
     from moesurgeon.profiling.artefact import load_profile

@@ -43,13 +43,17 @@ def healing_text(subject: Subject, spec: HealSpec, progress: Progress) -> tuple[
     return read_healing_text(subject, spec.text, spec.judging, is_given=bool(spec.validation), progress=progress)
 
 
+def judging_text(text: Text, validation: tuple[str, ...], heldout_tokens: int) -> Text:
+    """Return the text that judges what is trained on ``text``: its validation split, or ``validation`` if given."""
+    judging = text.even(max_tokens=heldout_tokens, split=None if validation else "validation")
+    return replace(judging, traces=validation, sample=None) if validation else judging
+
+
 def recovery_text(
     subject: Subject, text: Text, validation: tuple[str, ...], heldout_tokens: int, progress: Progress
 ) -> tuple[Corpus, Corpus]:
     """Return the text to train on, and ``heldout_tokens`` of text that judges: of ``validation`` if there are any."""
-    judging = text.even(max_tokens=heldout_tokens, split=None if validation else "validation")
-    if validation:
-        judging = replace(judging, traces=validation, sample=None)
+    judging = judging_text(text, validation, heldout_tokens)
     return read_healing_text(subject, text, judging, is_given=bool(validation), progress=progress)
 
 

@@ -4,12 +4,11 @@ all stages are measured on one text."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from moesurgeon.pipeline.options import Text
 from moesurgeon.pipeline.prune_spec import HEALED
 from moesurgeon.pipeline.recipe import Recipe
-from moesurgeon.pipeline.recipe_check import step_on
+from moesurgeon.pipeline.recipe_steps import recovery_of, step_on
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.text import read_text, trace_specs, window_length
 from moesurgeon.recovery.schedule import Schedule
@@ -38,5 +37,5 @@ def _texts(recipe: Recipe) -> Iterator[tuple[Text, Schedule | None, Split]]:
             if heal.method != "none" or heal.merge or chooses:
                 yield heal.text, None, "all" if heal.validation else "train"
         if step.recover:
-            text = replace(recipe.text.calibrating, max_tokens=step.recover.max_tokens)
-            yield text, step.recover.schedule, "all" if recipe.text.validation else "train"
+            spec, text = recovery_of(recipe, step.recover)
+            yield text, step.recover.schedule, "all" if spec.validation else "train"

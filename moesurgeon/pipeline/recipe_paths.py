@@ -31,7 +31,7 @@ def located(recipe: Recipe, text: RecipeText) -> Recipe:
     def texts(given: _Texts, *place: str | int) -> _Texts:
         # Not all of these have all of them.
         named: Iterator[tuple[str, Any]] = ((name, getattr(given, name, None)) for name in _TEXTS)
-        found: Any = {name: _traces(value, base, text, (*place, name)) for name, value in named if value}
+        found: dict[str, Any] = {name: _traces(each, base, text, (*place, name)) for name, each in named if each}
         return replace(given, **found)
 
     def heal(given: HealSpec | None, *place: str | int) -> HealSpec | None:
@@ -61,10 +61,8 @@ def _step(
         return step.model_copy(update={"retop": step.retop.model_copy(update=found)})
     if step.prune:
         here = (*place, "prune")
-        files: Any = {
-            name: path(getattr(step.prune, name), *here, name)
-            for name in ("profile", "keep_experts", "curve_plot", "run")
-        }
+        names: tuple[str, ...] = ("profile", "keep_experts", "curve_plot", "run")
+        files: dict[str, Any] = {name: path(getattr(step.prune, name), *here, name) for name in names}
         pruned = replace(step.prune, heal=heal(step.prune.heal, *here, "heal"), **files)
         return step.model_copy(update={"prune": pruned})
     if step.recover:

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import moesurgeon
-from moesurgeon import launched
-from moesurgeon.checkpoint.staging import refuse_place
 from moesurgeon.engine.device import place
 from moesurgeon.engine.ranks import join_ranks
 from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.whole import filled
-from moesurgeon.errors import CheckpointError, InputError, NothingToDo, UsageError
+from moesurgeon.errors import InputError, NothingToDo, UsageError
 from moesurgeon.healing.planned import plan_healed
 from moesurgeon.pipeline.healing_text import recovery_text, say_amounts
 from moesurgeon.pipeline.known_text import record_of, refuse_known_validation
 from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.recover_adapter import beside, refuse_adapter
+from moesurgeon.pipeline.recover_check import check_training
 from moesurgeon.pipeline.recover_streamed import share_training, streaming
 from moesurgeon.pipeline.recover_teacher import (
     experts_of_teacher,
@@ -37,16 +36,15 @@ from moesurgeon.pipeline.recover_teacher import (
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.text import window_length
 from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
-from moesurgeon.pipeline.write import finish, refuse_layout, refuse_output
+from moesurgeon.pipeline.write import finish, refuse_full, refuse_layout, refuse_output
 from moesurgeon.progress import SILENT, Progress
-from moesurgeon.recovery.adalora import refuse_ranks
-from moesurgeon.recovery.log import Log, check_log
-from moesurgeon.recovery.objective import Losses, refuse_without_gradient
+from moesurgeon.recovery.log import Log
+from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.result import Recovered, Training
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.state import Store
 from moesurgeon.recovery.streamed import bytes_per_step
-from moesurgeon.recovery.targets import WRITABLE, Adapt, Kind, check_adapt, parts_of
+from moesurgeon.recovery.targets import Adapt, Kind
 from moesurgeon.recovery.teacher_cache import Cached
 from moesurgeon.recovery.train import train
 from moesurgeon.surgery.anatomy import Anatomy
@@ -143,6 +141,7 @@ def recover(
     }
     if writing.dry_run:
         return {**report, "source": source, "output": str(writing.output), "dry_run": True}
+    refuse_full(writing.output, 0 if writing.link else subject.checkpoint.nbytes)
     if memory.note and ranks.is_first:
         progress.note(memory.note)
     texts = [tokens_digest(corpus), tokens_digest(heldout)]
@@ -233,31 +232,8 @@ def plan_recovered(student: Stream, recovered: Recovered, spec: RecoverSpec, ori
 
 def refuse_spec(subject: Subject, teacher: Subject, spec: RecoverSpec, text: Text, writing: Writing) -> None:
     """Raise now, from headers alone, what would be raised after the work."""
-    if launched.divides_weights():
-        raise UsageError(
-            "recover does not divide the weights among processes (FSDP, DeepSpeed); launch it without that: each "
-            "process holds the checkpoint, and reads it layer by layer where it does not fit"
-        )
-    check_adapt(spec.adapt, spec.adapter)
-    if spec.adapter == "adalora":
-        refuse_ranks(subject.anatomy, spec.schedule.rank, spec.schedule.steps)
-    check_log(spec.log, spec.tensorboard)
-    if spec.cache is not None:
-        refuse_place(spec.cache, "--cache")
-    refuse_without_gradient(subject.anatomy, spec.losses, spec.adapt)
-    if spec.changed is not None and "experts" not in parts_of(spec.adapt):
-        raise UsageError("--changed chooses among experts, and none are trained; add --adapt experts")
+    check_training(subject.anatomy, spec, text)
     refuse_layout(identity(subject.anatomy), subject, writing)
-    for layer in subject.anatomy.moe_layers if "routers" in parts_of(spec.adapt) else ():
-        router = subject.anatomy.tensors[subject.anatomy.router_weight(layer)]
-        if router.dtype not in WRITABLE:
-            raise CheckpointError(
-                f"{router.name} is stored as {router.dtype}; only {', '.join(WRITABLE)} can be trained: convert it"
-            )
-    if text.split in ("validation", "all") and not spec.validation:
-        raise UsageError(
-            f"--split {text.split} would train on the text that judges the result; use train or calibration"
-        )
     refuse_other_model(subject, teacher, spec.losses)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from moesurgeon.pipeline.journal import append
 from moesurgeon.pipeline.options import Writing
 from moesurgeon.pipeline.profile import ProfileOutput, profile
 from moesurgeon.pipeline.prune import prune
-from moesurgeon.pipeline.recipe import Recipe, RecoverStep, Step
-from moesurgeon.pipeline.recipe_check import refuse_impossible, step_on
-from moesurgeon.pipeline.recipe_file import read_recipe
+from moesurgeon.pipeline.recipe import Recipe, Step
+from moesurgeon.pipeline.recipe_check import refuse_impossible
+from moesurgeon.pipeline.recipe_file import recipe_of
 from moesurgeon.pipeline.recipe_healing import healing_documents
-from moesurgeon.pipeline.recover import RecoverSpec, recover
+from moesurgeon.pipeline.recipe_steps import recovery_of, step_on, usage_text
+from moesurgeon.pipeline.recipe_text import read_recipe_text
+from moesurgeon.pipeline.recover import recover
 from moesurgeon.pipeline.retop import retop
 from moesurgeon.pipeline.run_end import settle, writing
 from moesurgeon.pipeline.run_folder import make_way, remove_previous
@@ -52,8 +54,9 @@ class RunOutput:
 
 def run(recipe_path: Path, output: RunOutput, progress: Progress = SILENT) -> dict[str, Any]:
     """Carry out the recipe and return the figures of the original and of every stage."""
-    recipe = read_recipe(recipe_path)
-    refuse_impossible(recipe, output.output)
+    text = read_recipe_text(recipe_path)
+    recipe = recipe_of(text)
+    refuse_impossible(recipe, output.output, text)
     folder = output.output
     started = time.monotonic()
     healing = healing_documents(recipe, open_subject(recipe.checkpoint))
@@ -148,13 +151,7 @@ def _write(
         spec = step.prune if step.prune.profile or step.prune.keep_experts else replace(step.prune, profile=taken)
         return prune(current, spec, Writing(output=target), progress, recipe.running)
     assert step.recover is not None
-    given = set(RecoverStep.model_fields) & {field.name for field in fields(RecoverSpec)}
-    spec_ = RecoverSpec(
-        teacher=recipe.checkpoint,
-        validation=recipe.text.validation or (),
-        **{name: getattr(step.recover, name) for name in given},
-    )
-    text = replace(recipe.text.calibrating, max_tokens=step.recover.max_tokens)
+    spec_, text = recovery_of(recipe, step.recover)
     writing = Writing(output=target, allow_noop=step.recover.allow_noop)
     return recover(current, spec_, text, recipe.running, writing, progress)
 
@@ -178,7 +175,7 @@ def _measured(
     usage = profile(
         checkpoint,
         ProfileOutput(output=usage_folder),
-        replace(recipe.text.profiled(_ENTROPY_TOKENS), budgets={}, weights={}),
+        usage_text(recipe, _ENTROPY_TOKENS),
         recipe.running,
         progress,
     )

@@ -18,26 +18,30 @@ import numpy as np
 
 import moesurgeon
 from moesurgeon.checkpoint.staging import overlap, refuse_place
-from moesurgeon.errors import GateFailed, UsageError
+from moesurgeon.errors import GateFailed, NothingToDo, UsageError
 from moesurgeon.evaluation.figures import figures_of
 from moesurgeon.evaluation.gate import Gate, failure
 from moesurgeon.evaluation.summary import summarise
 from moesurgeon.pipeline.choice import Choice, choose, choose_by, plan_chosen
+from moesurgeon.pipeline.choice_check import check_choice, check_choice_by, check_choice_on, profile_of
 from moesurgeon.pipeline.evaluate import EvaluateSpec, read_gate, refuse_unknown_intervals
 from moesurgeon.pipeline.explained import explain_choice
 from moesurgeon.pipeline.heal import Healer, healer
 from moesurgeon.pipeline.healed_choice import settled
 from moesurgeon.pipeline.known_text import counted
-from moesurgeon.pipeline.options import Running, Writing
-from moesurgeon.pipeline.prune_spec import HEALED, PruneSpec, refuse_without_healing
+from moesurgeon.pipeline.options import HealSpec, Running, Writing
+from moesurgeon.pipeline.prune_spec import HEALED, PruneSpec
 from moesurgeon.pipeline.stage_folder import StageFolder, stage_folder
 from moesurgeon.pipeline.stage_plan import planned
 from moesurgeon.pipeline.stage_profile import stage_profile
 from moesurgeon.pipeline.stage_state import State, counts_of, heal_of, of_count
 from moesurgeon.pipeline.subject import Subject
-from moesurgeon.pipeline.write import finish, refuse_output
+from moesurgeon.pipeline.text import trace_specs, window_length
+from moesurgeon.pipeline.write import finish, refuse_full, refuse_output
 from moesurgeon.progress import Progress
 from moesurgeon.selection.choose import best
+from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.surgery.plan import EditPlan
 from moesurgeon.surgery.prune import plan_prune, with_mtp_layers
 
 
@@ -55,26 +59,40 @@ def prune_in_stages(
     if spec.run is not None:
         refuse_place(spec.run, "--run")
     heal = heal_of(spec)
-    refuse_without_healing(spec.criterion, heal)
+    _refuse_choice(subject, spec, heal)
     gate = read_gate(subject, heal.judging, EvaluateSpec(gates=spec.gates), has_teacher=True)
     counts = _by_file(subject, spec) or counts_of(anatomy, spec)
     if writing.dry_run:
         return planned(subject, spec, counts, writing, progress)
     first = State.of_source(anatomy)
-    # For the memory any experts will do.
-    like = best(
-        np.zeros((len(anatomy.moe_layers), anatomy.experts)), anatomy.moe_layers, max(counts), anatomy.groups[0]
-    )
+    if min(counts) == anatomy.experts and not writing.allow_noop:
+        raise NothingToDo(f"nothing to prune: all {anatomy.experts} experts of every layer would stay; keep fewer")
+    like, least = (_any(anatomy, count) for count in (max(counts), min(counts)))
+    refuse_full(writing.output, 0 if writing.link else least.nbytes)
     folder = spec.run or writing.output.with_name(f".{writing.output.name}.stages")
-    with healer(
-        subject, heal, running, progress, like=plan_prune(anatomy, like), choosing=spec.criterion == HEALED
-    ) as open_healer:
+    with healer(subject, heal, running, progress, like=like, choosing=spec.criterion == HEALED) as open_healer:
         refuse_unknown_intervals(gate, open_healer.judge, has_teacher=True)
         digest = _digest(subject, spec, open_healer)
         with stage_folder(folder, digest, stays=spec.run is not None) as stages:
             work = _Stages(subject, spec, open_healer, stages, gate, progress)
             end = work.search(first, counts) if spec.search else work.one_by_one(first, counts)
             return {**work.report(end), **finish(end.plan, subject, writing, progress)}
+
+
+def _any(anatomy: Anatomy, count: int) -> EditPlan:
+    """Plan to keep ``count`` experts a layer: for memory and disk any will do."""
+    scores = np.zeros((len(anatomy.moe_layers), anatomy.experts))
+    return plan_prune(anatomy, best(scores, anatomy.moe_layers, count, anatomy.groups[0]))
+
+
+def _refuse_choice(subject: Subject, spec: PruneSpec, heal: HealSpec) -> None:
+    """Raise now what choosing would raise after a profile, or after the stages before."""
+    check_choice(spec)
+    if spec.profile is not None and spec.keep_experts is None:
+        check_choice_by(spec, profile_of(spec.profile, subject, subject.anatomy))
+    if spec.keep_experts is None and (spec.profile is None or spec.stages is not None):  # profiled on what heals
+        domains = [each.domain for each in trace_specs(heal.text)]
+        check_choice_on(spec, domains, window_length(subject, heal.text))
 
 
 class _Stages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,17 @@ def _files(subject: Subject) -> set[str]:
     return {path.name for path in auxiliary_files(subject.root)}
 
 
+def refuse_full(target: Path, needed: int) -> None:
+    """Raise OutputError now, before the work, if the disk of ``target`` has not ``needed`` bytes."""
+    folder = next(folder for folder in target.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"what is to be written takes {needed:,} bytes, and {folder} has {free:,} free; free space or choose "
+            "another disk"
+        )
+
+
 def refuse_layout(plan: EditPlan, subject: Subject, writing: Writing) -> None:
     """Raise now, before the work, what storing the result of ``plan`` as ``writing`` says would raise."""
     _as_written(plan, subject, writing)
@@ -128,6 +140,7 @@ def finish_healed(
     refuse_layout(plan, subject, writing)
     if writing.dry_run:
         return {"healing": [], "healed": planned(subject, heal, progress), **finish(plan, subject, writing, progress)}
+    refuse_full(writing.output, 0 if writing.link else plan.nbytes)
     with healed(plan, subject, heal, running, progress, opened) as (better, report):
         layers = report.pop("layers")
         return {"healing": layers, "healed": report, **finish(better, subject, writing, progress)}

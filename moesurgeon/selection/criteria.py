@@ -57,13 +57,18 @@ SEARCHED = {"reconstruction": "profile --inner", "healed": "--heal"}
 """Criteria of whole subsets, and what each rests on."""
 
 
-def scores_of(statistics: Statistics, criterion: str, seed: int = 0) -> Array:
-    """Return the scores [L, E] of ``criterion``."""
-    if criterion not in CRITERIA:
+def check_criterion(criterion: str, seed: int = 0) -> None:
+    """Raise UsageError for a name that is no criterion and for a seed that is none."""
+    if criterion not in CRITERIA and criterion not in SEARCHED:
         searched = ", ".join(f"{name} (needs {what})" for name, what in SEARCHED.items())
         raise UsageError(f"--criterion {criterion} is not one of {', '.join(CRITERIA)}, {searched}")
     if seed < 0:
         raise UsageError(f"--seed {seed} is negative; choose a number from 0 on")
+
+
+def scores_of(statistics: Statistics, criterion: str, seed: int = 0) -> Array:
+    """Return the scores [L, E] of ``criterion``."""
+    check_criterion(criterion, seed)
     if statistics.counts_only and criterion not in COUNTING:
         raise ProfileError(
             f"the profile holds a server's token counts only, which say nothing of {criterion}: choose by "

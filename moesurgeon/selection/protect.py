@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moesurgeon.errors import ProfileError, UsageError
 from moesurgeon.profiling.artefact import Profile
-from moesurgeon.profiling.statistics import Array, Statistics, shares
+from moesurgeon.profiling.statistics import POSITIONS, Array, shares
 from moesurgeon.profiling.summary import NICHE, bucket_name
 from moesurgeon.profiling.uncertainty import SUPPORT, has_support
 
@@ -148,27 +148,37 @@ def claims_of(profile: Profile, asked: Sequence[str]) -> Claims:
     statistics = profile.statistics
     names, wanted, share, held, warnings = [], [], [], [], []
     for each in asked:
-        name, limit = _parsed(each, statistics)
+        name, limit = _parsed(each, statistics.domains)
         if name in names:
             raise UsageError(f"--protect names {name} twice; give each once")
         own, enough = _claim_of(profile, name, NICHE / statistics.experts if limit is None else limit)
         if name in statistics.domains and (seen := statistics.seen[statistics.domains.index(name)]) < SUPPORT:
             warnings.append(f"--protect {name} rests on {int(seen)} tokens of text; profile more of it")
         names.append(name)
-        wanted.append(np.nan if _is_low_support(name, statistics) else limit or NICHE / statistics.experts)
+        wanted.append(np.nan if _is_low_support(name, statistics.domains) else limit or NICHE / statistics.experts)
         share.append(own)
         held.append(enough)
     return Claims(tuple(names), np.array(wanted), np.array(share), np.array(held), statistics.layers, tuple(warnings))
 
 
-def _parsed(text: str, statistics: Statistics) -> tuple[str, float | None]:
+def check_protected(asked: Sequence[str], domains: Sequence[str], length: int) -> None:
+    """Raise now what :func:`claims_of` will raise of a profile with ``domains``, in windows of ``length`` tokens."""
+    names = [_parsed(each, domains)[0] for each in asked]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--protect names {name} twice; give each once")
+        if name == LONG_CONTEXT and name not in domains and length <= POSITIONS[1]:
+            raise UsageError(f"--protect {name} is about positions from {POSITIONS[1]} on; raise the length")
+
+
+def _parsed(text: str, domains: Sequence[str]) -> tuple[str, float | None]:
     """Take ``NAME[=share]`` apart; a domain of a special name wins, and so does one with an equals sign in it."""
     name, sign, number = text.rpartition("=")
-    if not sign or text in statistics.domains:
+    if not sign or text in domains:
         name, sign = text, ""
-    if name not in (*statistics.domains, *_NOT_DOMAINS):
+    if name not in (*domains, *_NOT_DOMAINS):
         raise UsageError(
-            f"--protect {text}: the profile has no domain {name!r}, only {', '.join(statistics.domains)}; "
+            f"--protect {text}: the profile has no domain {name!r}, only {', '.join(domains)}; "
             f"{', '.join(_NOT_DOMAINS)} can be protected as well"
         )
     if not sign:
@@ -179,13 +189,13 @@ def _parsed(text: str, statistics: Statistics) -> tuple[str, float | None]:
         share = float("nan")
     if not 0 < share <= 1:
         raise UsageError(f"--protect {text}: {number!r} is no share of {name}'s traffic from 0 to 1, such as 0.25")
-    if _is_low_support(name, statistics):
+    if _is_low_support(name, domains):
         raise UsageError(f"--protect {name} takes no share: it keeps who was given under {SUPPORT} tokens")
     return name, share
 
 
-def _is_low_support(name: str, statistics: Statistics) -> bool:
-    return name == LOW_SUPPORT and name not in statistics.domains
+def _is_low_support(name: str, domains: Sequence[str]) -> bool:
+    return name == LOW_SUPPORT and name not in domains
 
 
 def _claim_of(profile: Profile, name: str, limit: float) -> tuple[Array, NDArray[np.bool_]]:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moesurgeon.checkpoint.reader import ShardReader
-from moesurgeon.pipeline import recover as pipeline
+from moesurgeon.pipeline import healing_text
 from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.recover import RecoverSpec, recover
 from moesurgeon.pipeline.subject import Subject
@@ -41,7 +41,7 @@ def texts(monkeypatch: pytest.MonkeyPatch, training: Corpus, heldout: Corpus) ->
     """Let the pipeline read these corpora in place of traces."""
     corpora = {"calibration": training, "validation": heldout}
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "read_text", lambda subject, text, *, builtin_split, **rest: corpora[builtin_split])
+        patch.setattr(healing_text, "read_text", lambda subject, text, *, builtin_split, **rest: corpora[builtin_split])
         yield
 
 

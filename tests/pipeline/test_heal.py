@@ -229,7 +229,7 @@ def test_a_full_disk_is_said(tiny_mixtral: Subject, tmp_path: Path, monkeypatch:
 def test_a_layout_that_cannot_be_is_refused_before_the_work(
     tiny_mixtral: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "read_text", pytest.fail)
+    monkeypatch.setattr("moesurgeon.pipeline.healing_text.read_text", pytest.fail)
     writing = Writing(output=tmp_path / "out", layout="qwen2-moe")
     with pytest.raises(UsageError, match="not for Mixtral"):
         retop(tiny_mixtral.name, RetopSpec(top_k=1), writing, heal=RIDGE, running=RUNNING)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from moesurgeon.errors import NothingToDo, UsageError
-from moesurgeon.pipeline import heal as module
 from moesurgeon.pipeline import heal_budget, healed_choice
 from moesurgeon.pipeline.heal import healer
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
@@ -171,7 +170,7 @@ def test_it_needs_a_cut_that_is_healed(tiny_mixtral: Subject, taken: dict[str, P
 def test_a_layout_that_cannot_be_is_refused_before_the_work(
     tiny_mixtral: Subject, taken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "read_text", pytest.fail)
+    monkeypatch.setattr("moesurgeon.pipeline.healing_text.read_text", pytest.fail)
     writing = Writing(output=tmp_path / "out", layout="qwen2-moe")
     with pytest.raises(UsageError, match="not for Mixtral"):
         prune(tiny_mixtral.name, _spec(taken[tiny_mixtral.name]), writing, running=RUNNING)

@@ -8,10 +8,11 @@ import pytest
 
 from moesurgeon.errors import InputError
 from moesurgeon.healing.pace import Pace
-from moesurgeon.pipeline.options import HealSpec, Running, SampleSpec, Text
+from moesurgeon.pipeline.options import HealSpec, Running, SampleSpec
 from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.recipe import Recipe, RecoverStep, RetopStep
 from moesurgeon.pipeline.recipe_file import read_recipe
+from moesurgeon.pipeline.text_roles import RoleText
 from moesurgeon.recovery.objective import Losses
 from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.surgery.retop import RetopSpec
@@ -55,7 +56,7 @@ def test_everything_that_can_be_said(tmp_path: Path) -> None:
         """,
     )
     assert recipe.checkpoint == "hf://org/name"
-    assert recipe.text == Text(
+    assert recipe.text == RoleText(
         traces=(f"{tmp_path}/a.jsonl", f"code={tmp_path}/b.txt"), split="calibration", max_tokens=1000, length=128
     )
     assert recipe.running == Running(device="cpu", dtype="float32")
@@ -92,7 +93,7 @@ def test_nothing_said_is_the_defaults(tmp_path: Path) -> None:
     bare = _read(tmp_path, "checkpoint: c\nsteps:\n  - retop:\n  - profile:\n  - recover:\n")
     empty = _read(tmp_path, "checkpoint: c\nsteps: [{retop: {}}, {profile: {}}, {recover: {}}]")
     assert bare == empty
-    assert bare.text == Text() and bare.running == Running()
+    assert bare.text == RoleText() and bare.running == Running()
     assert bare.steps[0].retop == RetopStep() and RetopStep().spec == RetopSpec()
     assert bare.steps[2].recover == RecoverStep()
 

@@ -37,6 +37,10 @@ def _fail(*_arguments: object, **_options: object) -> None:
     raise CheckpointError("no luck; try again")
 
 
+def _keep_six(path: Path) -> None:
+    path.write_text(json.dumps({layer: [0, 1, 2, 3, 4, 5] for layer in range(4)}))
+
+
 def _writes(noted: Callable[..., None]) -> Callable[..., dict[str, Any]]:
     """A step that says what it was given and writes an empty checkpoint."""
 
@@ -112,16 +116,17 @@ def test_healing_has_the_recipe_s_text_and_teacher(out: Path, tmp_path: Path, mo
     seen: list[HealSpec] = []
     monkeypatch.setattr(module, "retop", _writes(lambda **options: seen.append(options["heal"])))
     monkeypatch.setattr(module, "prune", _writes(lambda **options: seen.append(options["spec"].heal)))
+    _keep_six(tmp_path / "k")
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"checkpoint: {BUILTIN[0]}\ntext: {{traces: [js=builtin:json], length: 64}}\nsteps:\n"
         "  - retop: {heal: {}}\n"
-        f"  - prune: {{keep_experts: k, heal: {{traces: [builtin:logs], length: 32, teacher: {BUILTIN[1]}}}}}\n"
+        f"  - prune: {{keep_experts: k, heal: {{traces: [builtin:logs], length: 32, teacher: '{BUILTIN[0]}'}}}}\n"
     )
     run(path, RunOutput(output=out))
     assert seen == [
         HealSpec(traces=("js=builtin:json",), length=64, teacher=BUILTIN[0]),
-        HealSpec(traces=("builtin:logs",), length=32, teacher=BUILTIN[1]),
+        HealSpec(traces=("builtin:logs",), length=32, teacher=BUILTIN[0]),
     ]
 
 
@@ -130,13 +135,15 @@ def test_what_is_sampled_is_healed_on_from_then_on(out: Path, tmp_path: Path, mo
     """By the checkpoint that the recipe begins with, whatever is cut by then."""
     seen: list[tuple[str, ...]] = []
     monkeypatch.setattr(module, "retop", _writes(lambda **options: seen.append(options["heal"].traces)))
+    monkeypatch.setattr(module, "prune", _writes(lambda **options: seen.append(options["spec"].heal.traces)))
+    _keep_six(tmp_path / "k")
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"checkpoint: {BUILTIN[0]}\ntext: {{traces: [js=builtin:json]}}\nsteps:\n"
         "  - sample: {tokens: 300, length: 100, rows: 4, uniform: true}\n"
         "  - retop: {heal: {}}\n"
         "  - sample: {tokens: 200, length: 50, rows: 4}\n"
-        "  - retop: {heal: {traces: [builtin:logs]}}\n"
+        "  - prune: {keep_experts: k, heal: {traces: [builtin:logs]}}\n"
     )
     run(path, RunOutput(output=out))
     uniform, own = (out / "stages" / name for name in ("01-sample-uniform.jsonl", "03-sample-own.jsonl"))
@@ -233,7 +240,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
 @pytest.fixture
 def two_steps(tmp_path: Path) -> Path:
     path, kept = tmp_path / "recipe.yaml", tmp_path / "kept.json"
-    kept.write_text(json.dumps({layer: [0, 1, 2, 3, 4, 5] for layer in range(4)}))
+    _keep_six(kept)
     path.write_text(
         f"checkpoint: {BUILTIN[0]}\ngate: loss < 99\nsteps: [{{retop: {{}}}}, {{prune: {{keep_experts: {kept}}}}}]\n"
     )

@@ -60,7 +60,7 @@ def test_malformed_recipe(text: str, says: tuple[str, ...], out: Path, tmp_path:
     ("rest", "says"),
     [
         ("steps: [{retop: {top_k: 3}}]", ("between 1 and", "2")),
-        ("steps: [{retop: {}}, {retop: {}}, {retop: {top_k: 2}}]", ("between 1 and", "1")),
+        ("steps: [{retop: {}}, {retop: {top_k: 2}}]", ("line 2, column 30: steps.1.retop", "between 1 and", "1")),
         ("steps: [{profile: {}}, {prune: {keep: 1}}]", ("keep at least 2 experts",)),
         ("steps: [{profile: {}}, {prune: {keep: 6, ratio: 0.5}}]", ("one of them",)),
         ("steps: [{profile: {}}, {prune: {keep: 6, virtual: true}}]", ("needs a bias", "leave --virtual out")),
