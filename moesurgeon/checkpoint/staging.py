@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -126,6 +126,8 @@ def refuse_place(folder: Path, option: str) -> None:
     """
     try:
         there = nearest(folder)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # raises for a name that is too long
         if not there.is_dir():
             raise UsageError(f"{option} {folder}: {there} {what_it_is(there)}; choose another folder")
         if not os.access(there, os.W_OK | os.X_OK):

@@ -22,7 +22,7 @@ def command(
         typer.Option("--task", metavar="NAME_OR_YAML", help="A task: lm-eval's name or a YAML file. Repeat for more."),
     ],
     tasks_folder: Annotated[
-        Path | None, typer.Option("--tasks-folder", metavar="DIR", help="A folder with more tasks.")
+        Path | None, typer.Option("--tasks-folder", metavar="DIR", help="A folder with more tasks.", readable=False)
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task at most. Default: all.")] = None,
     device: options.Device = "auto",

@@ -10,11 +10,15 @@ import typer
 Source = Annotated[
     str, typer.Argument(metavar="CKPT", help="A checkpoint folder, builtin:NAME or hf://org/name[@revision].")
 ]
-Profile = Annotated[Path, typer.Argument(metavar="PROFILE", help="The folder of a profile.")]
-Before = Annotated[Path, typer.Argument(metavar="BEFORE", help="The profile to compare with.")]
-After = Annotated[Path, typer.Argument(metavar="AFTER", help="The profile that may have changed.")]
-ProfileOutput = Annotated[Path, typer.Option("--output", "-o", help="The folder to write the profile to.")]
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist or be empty.")]
+Profile = Annotated[Path, typer.Argument(metavar="PROFILE", help="The folder of a profile.", readable=False)]
+Before = Annotated[Path, typer.Argument(metavar="BEFORE", help="The profile to compare with.", readable=False)]
+After = Annotated[Path, typer.Argument(metavar="AFTER", help="The profile that may have changed.", readable=False)]
+ProfileOutput = Annotated[
+    Path, typer.Option("--output", "-o", help="The folder to write the profile to.", readable=False)
+]
+Output = Annotated[
+    Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist or be empty.", readable=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]

@@ -18,7 +18,7 @@ NAME = "profile"
 
 def command(
     checkpoint: options.Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write the profile to.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write the profile to.", readable=False)],
     traces: options.Traces = ["builtin:all"],  # noqa: B006 - typer copies it
     split: options.SplitOption = None,
     max_tokens: options.MaxTokens = 65536,

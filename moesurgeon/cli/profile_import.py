@@ -16,7 +16,10 @@ NAME = "profile import"
 
 def command(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Token counts per layer and expert: JSON, CSV, SGLang's or EPLB's.")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Token counts per layer and expert: JSON, CSV, SGLang's or EPLB's.", readable=False
+        ),
     ],
     output: options.ProfileOutput,
     checkpoint: Annotated[str, typer.Option(metavar="CKPT", help="The checkpoint that was served.")],

@@ -15,7 +15,9 @@ NAME = "profile merge"
 
 
 def command(
-    profiles: Annotated[list[Path], typer.Argument(metavar="PROFILE...", help="Profiles of one checkpoint.")],
+    profiles: Annotated[
+        list[Path], typer.Argument(metavar="PROFILE...", help="Profiles of one checkpoint.", readable=False)
+    ],
     output: options.ProfileOutput,
     overwrite: options.Overwrite = False,
     json: options.Json = False,

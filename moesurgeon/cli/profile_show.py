@@ -19,11 +19,17 @@ def command(
     layer: Annotated[int | None, typer.Option(help="This layer, expert by expert.")] = None,
     csv: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a row per domain, bucket of positions, layer and expert to this CSV."),
+        typer.Option(
+            metavar="FILE",
+            help="Write a row per domain, bucket of positions, layer and expert to this CSV.",
+            readable=False,
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw heatmaps of experts by layers: .png or .svg; needs matplotlib."),
+        typer.Option(
+            metavar="FILE", help="Draw heatmaps of experts by layers: .png or .svg; needs matplotlib.", readable=False
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of these names.")] = False,
     json: options.Json = False,

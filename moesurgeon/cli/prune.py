@@ -23,7 +23,7 @@ NAME = "prune"
 def command(
     source: options.Source,
     output: options.Output,
-    profile: Annotated[Path | None, typer.Option(help="A profile of this checkpoint.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="A profile of this checkpoint.", readable=False)] = None,
     keep: Annotated[int | None, typer.Option(help="Experts that stay per layer.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of the experts to remove (rounded down).")] = None,
     below: Annotated[
@@ -36,7 +36,8 @@ def command(
     keep_experts: Annotated[
         Path | None,
         typer.Option(
-            help='A JSON file {"LAYER": [expert, ...]} with the choice itself; --profile then says what traffic goes.'
+            help='A JSON file {"LAYER": [expert, ...]} with the choice itself; --profile then says what traffic goes.',
+            readable=False,
         ),
     ] = None,
     criterion: Annotated[
@@ -78,7 +79,7 @@ def command(
     ] = False,
     curve_plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the curves: .png, .svg or .pdf; needs matplotlib."),
+        typer.Option(metavar="FILE", help="Draw the curves: .png, .svg or .pdf; needs matplotlib.", readable=False),
     ] = None,
     heal: Annotated[
         list[str],
@@ -111,6 +112,7 @@ def command(
         typer.Option(
             metavar="FOLDER",
             help="Where steps are kept for a killed command to go on. Default: beside OUT, until it is written.",
+            readable=False,
         ),
     ] = None,
     heal_method: options.HealMethod = "distill",

@@ -121,18 +121,24 @@ def command(
     cache: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Keep what a teacher said that is another model, for runs to come. Default: no."
+            metavar="FOLDER",
+            help="Keep what a teacher said that is another model, for runs to come. Default: no.",
+            readable=False,
         ),
     ] = None,
     log: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write every look at held-out text to this .csv or .json.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write every look at held-out text to this .csv or .json.", readable=False),
     ] = None,
     tensorboard: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write them for TensorBoard, too (needs the package).")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write them for TensorBoard, too (needs the package).", readable=False),
     ] = None,
     save_adapter: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Write what is trained as an adapter for peft, too, which fits CKPT."),
+        typer.Option(
+            metavar="FOLDER", help="Write what is trained as an adapter for peft, too, which fits CKPT.", readable=False
+        ),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

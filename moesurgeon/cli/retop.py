@@ -24,7 +24,9 @@ def command(
     top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 1,
     profile: Annotated[
         Path | None,
-        typer.Option(help="A profile of this checkpoint: says beforehand where routing would collapse."),
+        typer.Option(
+            help="A profile of this checkpoint: says beforehand where routing would collapse.", readable=False
+        ),
     ] = None,
     per_layer: Annotated[
         bool,
@@ -44,7 +46,9 @@ def command(
     ] = None,
     per_layer_out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help='Write that as JSON, {"top_k": {"LAYER": k}}, for runtimes that can.'),
+        typer.Option(
+            metavar="FILE", help='Write that as JSON, {"top_k": {"LAYER": k}}, for runtimes that can.', readable=False
+        ),
     ] = None,
     calibrate: Annotated[
         list[str],

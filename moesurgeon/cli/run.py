@@ -15,8 +15,8 @@ NAME = "run"
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML (see recipes/).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the run.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML (see recipes/).", readable=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the run.", readable=False)],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
     json: options.Json = False,
 ) -> None:

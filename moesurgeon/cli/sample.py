@@ -17,7 +17,9 @@ NAME = "sample"
 
 def command(
     checkpoint: options.Source,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .jsonl to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The .jsonl to write.", readable=False)
+    ],
     max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of all texts together.")] = 32768,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a text at most.")] = 256,
     rows: Annotated[int, typer.Option(min=1, help="Texts drawn at a time.")] = 32,

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moesurgeon.engine.batches import Batch
-from moesurgeon.engine.budget import Demand, MemoryUse, share_out
+from moesurgeon.engine.budget import Demand, share_out
 from moesurgeon.engine.device import place
+from moesurgeon.engine.memory_use import MemoryUse
 from moesurgeon.engine.model import context_length
 from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.engine.working import ALONE

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moesurgeon.engine.batches import Batch, batches_of, rows_for
-from moesurgeon.engine.budget import MemoryUse
 from moesurgeon.engine.device import place
+from moesurgeon.engine.memory_use import MemoryUse
 from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.walk import Walk
 from moesurgeon.errors import UsageError

@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import cache, partial
 
 from moesurgeon.engine.batches import Batch
-from moesurgeon.engine.budget import Demand, MemoryUse, share_out
+from moesurgeon.engine.budget import Demand, share_out
+from moesurgeon.engine.memory_use import MemoryUse
 from moesurgeon.engine.scratch import BATCH_TOKENS
 from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.engine.working import COMPARED

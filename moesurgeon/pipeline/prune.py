@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgeon.checkpoint.whole_file import refuse_file
 from moesurgeon.errors import NothingToDo
-from moesurgeon.pipeline.choice import Choice, choose, plan_chosen
-from moesurgeon.pipeline.keep_file import read_kept
+from moesurgeon.pipeline.choice import Choice, choice_of_file, choose, plan_chosen
 from moesurgeon.pipeline.known_text import counted
 from moesurgeon.pipeline.options import Running, Writing
 from moesurgeon.pipeline.prune_spec import PruneSpec
@@ -71,7 +70,7 @@ def _refuse_rules(subject: Subject, spec: PruneSpec) -> None:
     if spec.keep_experts is None:
         refuse_told_apart(subject.anatomy, subject.root)
         return
-    kept = with_mtp_layers(subject.anatomy, read_kept(spec.keep_experts))
+    kept = with_mtp_layers(subject.anatomy, choice_of_file(spec, spec.keep_experts).kept)
     numbers = {layer: {old: new for new, old in enumerate(experts)} for layer, experts in kept.items()}
     refuse_renumbered(subject.anatomy, numbers, subject.root)
 

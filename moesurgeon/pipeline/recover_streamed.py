@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from moesurgeon.engine.batches import Batch
-from moesurgeon.engine.budget import Demand, MemoryUse, share_out
+from moesurgeon.engine.budget import Demand, share_out
+from moesurgeon.engine.memory_use import MemoryUse
 from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Source
 from moesurgeon.engine.working import ALONE

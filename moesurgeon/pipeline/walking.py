@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 
 from moesurgeon.engine.batches import Batch, batches_of, rows_for
-from moesurgeon.engine.budget import Demand, MemoryUse, share_out
+from moesurgeon.engine.budget import Demand, share_out
 from moesurgeon.engine.device import Placement
+from moesurgeon.engine.memory_use import MemoryUse
 from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Overlay, Source, Stream
 from moesurgeon.engine.working import ALONE, COMPARED

@@ -53,7 +53,12 @@ def succeeded(*arguments: str | Path) -> Outcome:
     return outcome
 
 
-_AMOUNTS = ("calibration text: ", "validation text: ")
+_AMOUNTS = ("calibration text: ", "validation text: ", "note: the validation text is too little to decide: ")
+
+
+def without_amounts(said: str) -> list[str]:
+    """Return the lines of ``said`` that are not of how much text heals and judges."""
+    return [line for line in said.splitlines() if not line.startswith(_AMOUNTS)]
 
 
 def refused(code: int, *arguments: str | Path, says: tuple[str, ...] = ()) -> str:
@@ -77,7 +82,7 @@ def one_line(outcome: Outcome, code: int, *says: str) -> str:
     """
     assert outcome.code == code, f"exit code {outcome.code}: {outcome.err}"
     assert "Traceback" not in outcome.err
-    lines = [line for line in outcome.err.splitlines() if not line.startswith(_AMOUNTS)]
+    lines = without_amounts(outcome.err)
     assert len(lines) == 1 and lines[0].startswith("moesurgeon: "), outcome.err
     message = lines[0].strip().removeprefix("moesurgeon: ")
     for part in says:

@@ -44,6 +44,7 @@ COMPLETE: dict[str, list[str]] = {
     "prune": [MIXTRAL, "OUT"],
     "recover": [MIXTRAL, "OUT", "--teacher", MIXTRAL],
     "evaluate": [MIXTRAL],
+    "profile show": ["OUT"],
     "sample": [MIXTRAL, "-o", "OUT.jsonl"],
 }
 VALUES = {"--heal-method": "ridge", "--adapter": "lora", "--objective": "lm", "--clip": "0.5", "--min-share": "0.5"}

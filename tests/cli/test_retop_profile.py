@@ -102,7 +102,8 @@ def test_a_budget_is_divided_and_written(inner: dict[str, Path], tmp_path: Path)
     chosen = [report["per_layer"][layer]["errors"][str(k)] for layer, k in found["top_k"].items()]
     assert found["error"] == pytest.approx(np.mean(chosen)) and found["error"] < found["uniform"]["1"]
     again = ("retop", MIXTRAL, tmp_path / "again", *command[3:], *budget)
-    refused(USAGE, *again, "--dry-run", says=(f"{file} exists", "--overwrite"))
+    succeeded(*again, "--dry-run")
+    refused(USAGE, *again, says=(f"{file} exists", "--overwrite"))
     shown = succeeded(*command, *budget, "--overwrite")
     assert f"wrote {file}" in shown.out and "1.5 experts per token on average" in shown.out
 

@@ -11,7 +11,8 @@ import torch
 
 from moesurgeon.engine import budget
 from moesurgeon.engine.batches import Batch
-from moesurgeon.engine.budget import INTERPRETER, Demand, MemoryUse, share_out, taken_bytes
+from moesurgeon.engine.budget import INTERPRETER, Demand, share_out, taken_bytes
+from moesurgeon.engine.memory_use import MemoryUse
 from moesurgeon.engine.scratch import BATCH_TOKENS, LOGIT_POSITIONS
 from moesurgeon.engine.streams import Source
 from moesurgeon.engine.working import COMPARED, layer_bytes, logit_bytes

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moesurgeon.engine.budget import Demands, MemoryUse, share_out
+from moesurgeon.engine.budget import Demands, share_out
+from moesurgeon.engine.memory_use import MemoryUse
 from moesurgeon.engine.streams import Source
 
 MUCH = 1 << 50

@@ -48,7 +48,8 @@ def test_a_kill_at_any_moment(
         assert attempts < 6 * MOMENTS, "the moments do not fall into the write"
         if overwrite and not (tmp_path / "out").exists():
             (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "config.json").write_text("old")
+            (tmp_path / "out" / "config.json").write_text('{"model_type": "old"}')
+            (tmp_path / "out" / "model.safetensors").write_text("old")
         before = hashes(tmp_path / "out")
         died_now = killed(forked(work), rng.uniform(0, 1.2 * seconds)) != 0
         died += died_now

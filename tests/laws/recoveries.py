@@ -19,6 +19,7 @@ from moesurgeon.pipeline.options import Running, Text, Writing
 from moesurgeon.pipeline.recover import RecoverSpec, recover
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.recovery.schedule import Schedule
+from moesurgeon.traces.documents import Split
 from moesurgeon.traces.windows import Corpus, Window
 from tests.engine.small import VOCABULARY, corpus_of, running, saved, small_model
 
@@ -39,9 +40,14 @@ def recovered_to(source: str, teacher: str, output: Path, **changes: Any) -> dic
 @contextmanager
 def texts(monkeypatch: pytest.MonkeyPatch, training: Corpus, heldout: Corpus) -> Iterator[None]:
     """Let the pipeline read these corpora in place of traces."""
-    corpora = {"calibration": training, "validation": heldout}
+    corpora: dict[Split, Corpus] = {"calibration": training, "validation": heldout}
+
+    def read(*_given: object, builtin_split: Split, **_named: object) -> Corpus:
+        corpus = corpora[builtin_split]
+        return replace(corpus, splits=dict.fromkeys(corpus.domains, builtin_split))
+
     with monkeypatch.context() as patch:
-        patch.setattr(healing_text, "read_text", lambda subject, text, *, builtin_split, **rest: corpora[builtin_split])
+        patch.setattr(healing_text, "read_text", read)
         yield
 
 

@@ -78,12 +78,12 @@ def test_overwrite_replaces_a_run_and_nothing_else(recipe: Path, out: Path) -> N
 @pytest.mark.usefixtures("cheap")
 def test_a_run_is_replaced_on_request(recipe: Path, out: Path) -> None:
     run(recipe, RunOutput(output=out))
-    (out / "checkpoint" / "mark").touch()
+    (out / "checkpoint" / "NOTICE").touch()
     with pytest.raises(UsageError, match="holds a run already; choose another folder or add --overwrite"):
         run(recipe, RunOutput(output=out))
-    assert (out / "checkpoint" / "mark").exists()
+    assert (out / "checkpoint" / "NOTICE").exists()
     run(recipe, RunOutput(output=out, overwrite=True))
-    assert not (out / "checkpoint" / "mark").exists() and (out / "figures.json").exists()
+    assert not (out / "checkpoint" / "NOTICE").exists() and (out / "figures.json").exists()
     assert sorted(path.name for path in out.parent.iterdir()) == ["out", "recipe.yaml"]
 
 

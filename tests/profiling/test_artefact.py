@@ -83,7 +83,7 @@ def test_an_existing_folder_is_only_replaced_on_request(profile: Profile, folder
     before = (folder / FACTS).read_bytes()
     with pytest.raises(UsageError, match="is not empty"):
         save_profile(profile, folder)
-    (folder / FACTS).write_text("{}")
+    (folder / FACTS).write_bytes(before.replace(b"{", b'{"changed": 1, ', 1))
     save_profile(profile, folder, overwrite=True)
     assert (folder / FACTS).read_bytes() == before
     assert sorted(path.name for path in folder.parent.iterdir()) == ["profile"]

@@ -265,6 +265,7 @@ def test_a_summary_counts_what_happens() -> None:
         "tensors": {"copy": 4, "select": 1},
         "dropped": {"why not": 1},
         "config": {"k": 1, "gone": None},
+        "files": [],
         "bytes": sum(spec.nbytes for spec in SOURCE.values()) - SOURCE["norm"].nbytes - 32,
         "operations": [{"operation": "prune"}],
     }

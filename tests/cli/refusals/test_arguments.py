@@ -52,7 +52,7 @@ def test_recover_arguments(out: Path, top1: dict[str, Path], monkeypatch: pytest
     refused(USAGE, *command, "--log", out.with_name("log.txt"), says=("says no format", ".csv"))
     refused(USAGE, *command, "--log", out / "log.csv", says=("there is no folder",))
     refused(USAGE, *command, "--tensorboard", out, says=("needs the package tensorboard", "pip install"))
-    refused(USAGE, *command, "--max-memory", "1MB", says=("--max-memory leaves 0", "two layers at a time"))
+    refused(USAGE, *command, "--max-memory", "1MB", says=("--max-memory is 1MB", "give at least"))
     mine = out.with_name("mine.csv")
     mine.write_text("mine")
     refused(USAGE, *command, "--log", mine, says=("mine.csv exists", "--overwrite"))
