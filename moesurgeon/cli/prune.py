@@ -44,7 +44,8 @@ def command(
         str | None,
         typer.Option(
             help="frequency, gate, ean, man, reap, traffic-reap, random, reconstruction (the layer's exact error; "
-            "needs profile --inner) or healed (by what --heal leaves). Default: reap; with --below frequency."
+            "needs profile --inner) or healed (by what --heal leaves). Default: reap; of a top-1 checkpoint traffic-reap; "
+            "with --below frequency."
         ),
     ] = None,
     protect: Annotated[
@@ -203,9 +204,9 @@ def _show(report: Report, explain: bool) -> None:
     if report["virtual"]:
         counts = sorted({len(experts) for experts in report["kept"].values()})
         many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-        print(f"{many} of {report['experts_before']} experts per layer can be chosen, by {report['criterion']}")
+        print(f"{many} of {report['experts_before']} experts per layer can be chosen, by {_criterion(report)}")
     else:
-        print(f"{report['experts_before']} -> {report['experts_after']} experts per layer, by {report['criterion']}")
+        print(f"{report['experts_before']} -> {report['experts_after']} experts per layer, by {_criterion(report)}")
     traffic = report.get("traffic_removed", {})
     for layer, experts in report["dropped"].items():
         had = f" ({traffic[layer]['share']:.0%} of its traffic)" if experts and layer in traffic else ""
@@ -225,6 +226,12 @@ def _show(report: Report, explain: bool) -> None:
     _show_stages(report["stages"])
     show_healing(report)
     show_written(report)
+
+
+def _criterion(report: Report) -> str:
+    """Return the criterion, and where it was not named why it was taken."""
+    reason = report.get("criterion_reason")
+    return f"{report['criterion']} ({reason})" if reason else str(report["criterion"])
 
 
 def _explain(report: Report) -> None:

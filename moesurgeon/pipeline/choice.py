@@ -118,15 +118,16 @@ def choose_by(
 ) -> Choice:
     """Return the experts of ``anatomy`` that stay by ``spec`` and ``profile``, which must be of it."""
     from moesurgeon.selection.candidates import candidates
-    from moesurgeon.selection.criteria import scores_of
+    from moesurgeon.selection.criteria import default_criterion, scores_of
     from moesurgeon.selection.protect import claims_of
     from moesurgeon.selection.stability import stability
 
     statistics = profile.weighted
-    criterion = spec.criterion or ("reap" if spec.below is None else "frequency")
+    default, reason = default_criterion(anatomy.top_k, below=spec.below is not None)
+    criterion = spec.criterion or default
     claims = claims_of(profile, spec.protect) if spec.protect else None
     count, fixed, choose = _limits(anatomy, spec, statistics, criterion, claims, dry_run=dry_run)
-    evidence: dict[str, Any] = {}
+    evidence: dict[str, Any] = {} if spec.criterion else {"criterion_reason": reason}
     warnings: list[str] = []
     if spec.below is not None:
         spared = None if claims is None else claims.protected

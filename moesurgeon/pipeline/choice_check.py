@@ -12,7 +12,7 @@ from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.subsets import inner_of
 from moesurgeon.profiling.artefact import Profile, load_profile
 from moesurgeon.report.curves import check_drawable
-from moesurgeon.selection.criteria import SEARCHED, check_criterion, scores_of
+from moesurgeon.selection.criteria import SEARCHED, check_criterion, default_criterion, scores_of
 from moesurgeon.selection.protect import check_protected, claims_of
 from moesurgeon.surgery.anatomy import Anatomy
 
@@ -35,14 +35,15 @@ def check_choice_on(spec: PruneSpec, domains: Sequence[str], length: int) -> Non
     check_protected(spec.protect, domains, length)
 
 
-def check_choice_by(spec: PruneSpec, profile: Profile) -> None:
+def check_choice_by(spec: PruneSpec, profile: Profile, anatomy: Anatomy) -> None:
     """Raise UsageError or ProfileError for what ``profile`` does not say."""
     if spec.protect:
         claims_of(profile, spec.protect)
     if spec.criterion == "reconstruction" or spec.wants_curve:
         inner_of(profile)
     if spec.criterion not in SEARCHED:
-        scores_of(profile.weighted, spec.criterion or ("reap" if spec.below is None else "frequency"), spec.seed)
+        default, _reason = default_criterion(anatomy.top_k, below=spec.below is not None)
+        scores_of(profile.weighted, spec.criterion or default, spec.seed)
 
 
 def profile_of(path: Path, subject: Subject | None, anatomy: Anatomy) -> Profile:

@@ -191,7 +191,7 @@ class _Steps:
         recipe, length = self.recipe, window_length(self.subject, self.recipe.text)
         if spec.profile is not None:
             profile = profile_of(spec.profile, self.subject if self.is_original else None, self.anatomy)
-            check_choice_by(spec, profile)
+            check_choice_by(spec, profile, self.anatomy)
         elif self.taken is not None:
             check_choice_on(spec, [each.domain for each in trace_specs(recipe.text.calibrating)], length)
             if spec.is_staged and spec.criterion == "reconstruction" and self.taken.inner is None:

@@ -13,6 +13,7 @@ from moesurgeon.pipeline.stage_state import heal_of, of_count
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.write import finish
 from moesurgeon.progress import Progress
+from moesurgeon.selection.criteria import default_criterion
 from moesurgeon.surgery.plan import identity
 
 
@@ -39,7 +40,7 @@ def planned(
         "experts_before": experts,
         "experts_after": min(counts),
         "virtual": False,
-        "criterion": spec.criterion or "reap",
+        "criterion": spec.criterion or default_criterion(subject.anatomy.top_k)[0],
         "stages": stages,
         "healing": [],
         "healed": planned_healing(subject, heal_of(spec), progress),

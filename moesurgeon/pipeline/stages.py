@@ -89,7 +89,7 @@ def _refuse_choice(subject: Subject, spec: PruneSpec, heal: HealSpec) -> None:
     """Raise now what choosing would raise after a profile, or after the stages before."""
     check_choice(spec)
     if spec.profile is not None and spec.keep_experts is None:
-        check_choice_by(spec, profile_of(spec.profile, subject, subject.anatomy))
+        check_choice_by(spec, profile_of(spec.profile, subject, subject.anatomy), subject.anatomy)
     if spec.keep_experts is None and (spec.profile is None or spec.stages is not None):  # profiled on what heals
         domains = [each.domain for each in trace_specs(heal.text)]
         check_choice_on(spec, domains, window_length(subject, heal.text))

@@ -57,6 +57,22 @@ SEARCHED = {"reconstruction": "profile --inner", "healed": "--heal"}
 """Criteria of whole subsets, and what each rests on."""
 
 
+def default_criterion(top_k: int, *, below: bool = False) -> tuple[str, str]:
+    """Return the criterion that is taken where none is named, and why; ``below``: experts under a share of the tokens.
+
+    With one expert per token the weight says little (where the gate renormalises it is 1), and a mean per token drops
+    experts that most tokens go to: docs/choosing.md has the measurements.
+
+    >>> default_criterion(2)[0], default_criterion(1)[0], default_criterion(2, below=True)[0]
+    ('reap', 'traffic-reap', 'frequency')
+    """
+    if below:
+        return "frequency", "the default with --below, which is about shares of the tokens"
+    if top_k == 1:
+        return "traffic-reap", "the default at top-1, where a mean per token drops experts that most tokens go to"
+    return "reap", f"the default at top-{top_k}"
+
+
 def check_criterion(criterion: str, seed: int = 0) -> None:
     """Raise UsageError for a name that is no criterion and for a seed that is none."""
     if criterion not in CRITERIA and criterion not in SEARCHED:

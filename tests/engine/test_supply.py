@@ -147,7 +147,9 @@ def test_with_one_slot_a_layer_is_read_when_the_one_before_is_done(more: int, mo
     assert limit < reader.supply.least + more and reader.supply.plan.slots == 1
     for _ in range(2):
         for group in _walk(reader.supply):
-            assert max(reader.reads) <= max(group, *reader.supply.plan.kept, 0)
+            # Where the one at work is kept, the slot is free for the one behind it.
+            kept = reader.supply.plan.kept
+            assert max(reader.reads) <= max(group + (group in kept), *kept, 0)
         reader.reads.clear()
         reader.reads.append(0)
     assert [group for group in _walk(reader.supply, 1, 4)] == [1, 2, 3]

@@ -135,7 +135,9 @@ def test_what_cannot_be_an_adapter_or_would_be_lost_is_refused_before_the_work(
     with pytest.raises(UsageError, match="adapter is not empty; choose another folder or add --overwrite"):
         _recovered(case.student, case.teacher.name, tmp_path)
     (mine / "adapter_config.json").rename(mine / "notes.txt")
-    with pytest.raises(UsageError, match=r"adapter has no adapter_config.json, so --overwrite does not replace it"):
+    with pytest.raises(
+        UsageError, match=r"adapter is not an adapter .by its adapter_config.json., so --overwrite does not replace it"
+    ):
         _recovered(case.student, case.teacher.name, tmp_path, overwrite=True)
     for folder in (tmp_path / "out", tmp_path / "out" / "adapter"):
         with pytest.raises(UsageError, match=r"and the output .* overlap"):

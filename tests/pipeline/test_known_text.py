@@ -203,10 +203,11 @@ def test_a_damaged_record_is_refused(damage: Any, healed: Path, tmp_path: Path) 
 
 
 def test_a_run_measures_all_stages_on_one_text(traces: dict[str, Path], tmp_path: Path) -> None:
-    """Where the recipe reads all of a trace, what heals is left out of the original's text too."""
+    """Where what is reported on is what heals, it is left out of the original's text too."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"checkpoint: {MIXTRAL}\ntext: {{traces: ['code={traces['heal']}'], length: 128, split: all}}\n"
+        f"checkpoint: {MIXTRAL}\n"
+        f"text: {{calibration: ['code={traces['heal']}'], report: ['code={traces['heal']}'], length: 128}}\n"
         "report_tokens: 1500\nsteps:\n  - retop: {heal: {method: ridge, max_tokens: 1000, heldout_tokens: 400}}\n"
     )
     outcome = moesurgeon("run", recipe, "-o", tmp_path / "run")

@@ -57,7 +57,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 def _losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     """Let what is judged in turn have these losses; merged in every layer."""
     given = iter(losses)
-    monkeypatch.setattr(module, "_losses", lambda _measured: {"loss": next(given), "teacher": 1.0})
+    monkeypatch.setattr(module, "losses_of", lambda _measured: {"loss": next(given), "teacher": 1.0})
     stock = Merger.merged
 
     def better(self: Merger, layer: Any, data: Any) -> Any:
@@ -113,14 +113,14 @@ def test_worse_as_a_whole_is_healed_without(
     """Better in every layer and worse in the end: the very bytes that healing without gives."""
     _prune(tiny_mixtral, tmp_path / "plain", replace(MERGE, merge=False))
     with monkeypatch.context() as patched:
-        stock = module._losses
+        stock = module.losses_of
         calls: list[dict[str, float]] = []
 
         def judged(measured: Any) -> dict[str, float]:
             calls.append(stock(measured))
             return {**calls[-1], "loss": 9.0} if len(calls) == 2 else calls[-1]
 
-        patched.setattr(module, "_losses", judged)
+        patched.setattr(module, "losses_of", judged)
         stock_merged = Merger.merged
 
         def scaled(self: Merger, layer: Any, data: Any) -> Any:
