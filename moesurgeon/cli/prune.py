@@ -44,8 +44,8 @@ def command(
         str | None,
         typer.Option(
             help="frequency, gate, ean, man, reap, traffic-reap, random, reconstruction (the layer's exact error; "
-            "needs profile --inner) or healed (by what --heal leaves). Default: reap; of a top-1 checkpoint traffic-reap; "
-            "with --below frequency."
+            "needs profile --inner) or healed (by what --heal leaves). Default: reap; of a top-1 checkpoint "
+            "traffic-reap; with --below frequency."
         ),
     ] = None,
     protect: Annotated[
