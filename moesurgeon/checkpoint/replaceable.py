@@ -25,7 +25,8 @@ class Contents:
     files: tuple[str, ...] = ()
     folders: Mapping[str, tuple[Contents, ...]] = field(default_factory=dict)
     record: str | None = None
-    """A JSON file whose ``files`` lists what was written beside it, as paths within the folder."""
+    """A JSON file whose ``files`` lists what was written beside it, as paths within the folder. Where it is there, no
+    other file is part of the folder."""
 
     def strangers(self, folder: Path) -> list[str]:
         """Return what in ``folder`` is no part of it, as paths within it; folders with a slash."""
@@ -44,7 +45,10 @@ class Contents:
                     found += Contents()._strangers(path, f"{name}/", recorded)
                 else:
                     found.append(f"{name}/")
-            elif name not in recorded and not any(fnmatch.fnmatch(path.name, like) for like in self.files):
+            elif recorded:
+                if name not in recorded and path.name != self.record:
+                    found.append(name)
+            elif not any(fnmatch.fnmatch(path.name, like) for like in self.files):
                 found.append(name)
         return found
 
@@ -82,20 +86,22 @@ _DOWNLOADED = Contents(folders={"huggingface": (ANYTHING,)})  # where the hub's 
 _COMPILED = Contents(files=("*.pyc",))
 
 # As checkpoints come from the hub. No pattern for all .json, .txt and .py: those may be anybody's notes and sources.
+# Nor for all weights: an optimiser's state, an adapter or a GGUF file may be the only one of its kind.
 CHECKPOINT = Kind(
     "a checkpoint",
     CONFIG_NAME,
     ("model_type", "architectures"),
     Contents(
         files=(
-            "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.model", "*.tiktoken", "*.jinja",
+            "model*.safetensors", "mtp*.safetensors", "consolidated*.safetensors", "consolidated*.pth",
+            "pytorch_model*.bin", "*.model", "*.tiktoken", "*.jinja",
             "*config.json", "*.index.json", "*.index.*.json", "tokenizer*.json", "special_tokens_map.json",
             "added_tokens.json", "vocab*.json", "tekken.json", "chat_template.json", "params.json",
             PROVENANCE_NAME, "merges.txt", "vocab.txt", "LICEN[SC]E*", "NOTICE*", "*NOTICES*", "*POLICY*",
             "README*", "MODEL_CARD*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp",
             "configuration_*.py", "modeling_*.py", "modular_*.py", "tokenization_*.py", "processing_*.py",
             "image_processing_*.py", "feature_extraction_*.py", "generation_utils.py", "__init__.py",
-            "recipe.yaml", "trainer_state.json", ".gitattributes", ".gitignore", ".DS_Store",
+            "recipe.yaml", ".gitattributes", ".gitignore", ".DS_Store",
         ),
         folders={
             ".cache": (_DOWNLOADED,), "__pycache__": (_COMPILED,),

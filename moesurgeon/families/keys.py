@@ -11,6 +11,17 @@ from moesurgeon.errors import CheckpointError
 # count from an untrusted config must not become a loop without end.
 MAX_COUNT = 1_000_000
 
+OTHER_EXPERT_COUNTS = (
+    "n_experts", "n_expert", "num_expert", "expert_num", "expert_count", "num_moe_experts", "num_routed_experts",
+    "num_total_experts", "n_local_experts", "moe_num_routed_experts", "num_experts_total",
+)  # fmt: skip
+"""Names of the number of experts that no family here has: of runtimes, converters and training frameworks."""
+OTHER_TOP_KS = (
+    "moe_router_topk", "router_topk", "router_top_k", "num_experts_per_token", "n_experts_per_tok", "n_expert_used",
+    "expert_used_count", "num_selected_experts", "n_activated_experts", "num_activated_experts",
+)  # fmt: skip
+"""The same of the number of experts per token."""
+
 REMOVED = object()
 """As a value: the key goes away."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgeon.checkpoint.places import refuse_within
 from moesurgeon.checkpoint.whole_file import refuse_file, whole_file
 from moesurgeon.errors import ProfileError, UsageError
 from moesurgeon.pipeline.options import Writing
@@ -54,10 +54,8 @@ def refuse_unforeseeable(asked: Foresight, subject: Subject, writing: Writing) -
         raise UsageError(
             "--per-layer-out needs to know how many experts per token there may be: add --per-layer-average, as 1.5"
         )
-    path = Path(os.path.realpath(asked.out))  # resolve() raises for links in a circle
-    for folder in (Path(os.path.realpath(writing.output)), Path(os.path.realpath(subject.root))):
-        if path.is_relative_to(folder):
-            raise UsageError(f"{asked.out} is inside a checkpoint ({folder}); choose another place for it")
+    read = () if asked.profile is None else (asked.profile,)
+    refuse_within(asked.out, "--per-layer-out", writing.output, subject.root, *read)
     if not writing.dry_run:
         refuse_file(asked.out, "--per-layer-out", overwrite=writing.overwrite)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesurgeon.checkpoint.places import refuse_within
 from moesurgeon.checkpoint.whole_file import refuse_file, whole_file
 from moesurgeon.errors import UsageError
 from moesurgeon.profiling.artefact import Profile, load_profile
@@ -31,6 +32,7 @@ def show(path: Path, spec: ShowSpec) -> dict[str, Any]:
     for option, file in (("--csv", spec.table), ("--plot", spec.plot)):
         if file is not None:
             refuse_file(file, option, overwrite=spec.overwrite)
+            refuse_within(file, option, path)
     if spec.plot is not None:
         from moesurgeon.report.heatmaps import check_drawable, draw
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from moesurgeon.checkpoint.places import refuse_within
 from moesurgeon.checkpoint.whole_file import refuse_file
 from moesurgeon.errors import NothingToDo
 from moesurgeon.pipeline.choice import Choice, choice_of_file, choose, plan_chosen
@@ -17,6 +18,7 @@ from moesurgeon.pipeline.write import finish_healed, refuse_layout, refuse_outpu
 from moesurgeon.progress import SILENT, Progress
 from moesurgeon.runtime.parallel import parallel_warnings
 from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.surgery.counts import unknown_counts
 from moesurgeon.surgery.expert_rules import refuse_renumbered, refuse_told_apart
 from moesurgeon.surgery.plan import identity
 from moesurgeon.surgery.prune import with_mtp_layers
@@ -43,6 +45,9 @@ def prune(
     if spec.curve_plot is not None:  # drawn in a dry run, too
         refuse_file(spec.curve_plot, "--curve-plot", overwrite=writing.overwrite)
     subject = open_subject(source)
+    if spec.curve_plot is not None:
+        read = () if spec.profile is None else (spec.profile,)
+        refuse_within(spec.curve_plot, "--curve-plot", writing.output, subject.root, *read)
     anatomy = subject.anatomy
     refuse_layout(identity(anatomy), subject, writing)  # before the choice
     _refuse_rules(subject, spec)
@@ -56,7 +61,7 @@ def prune(
         report, named, said = _at_once(subject, spec, writing, progress, running or Running())
     after = report["experts_after"]
     report["warnings"] += [*_unmeasured(anatomy, after, named=named), *parallel_warnings(anatomy.experts, after)]
-    report["warnings"] += subject.odd_routers
+    report["warnings"] += [*subject.odd_routers, *([] if spec.virtual else unknown_counts(anatomy))]
     for warning in report["warnings"]:
         if warning not in said:
             progress.note(f"note: {warning}")

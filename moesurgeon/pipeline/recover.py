@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import moesurgeon
+from moesurgeon.checkpoint.places import refuse_within
 from moesurgeon.engine.device import place
 from moesurgeon.engine.ranks import join_ranks
 from moesurgeon.engine.streams import Overlay, Source, Stream
@@ -150,7 +151,7 @@ def recover(
     kept = writing.output.absolute().with_name(f".{writing.output.name}.recover")
     store = Store(kept, digest_of(subject, facts), ranks)
     own_folder = store.folder if ranks.is_first else store.folder / str(ranks.number)  # each has files of its own
-    _refuse_existing(spec.log, store, writing)
+    _refuse_log(spec.log, store, writing, subject)
     origin = {
         "teacher": teacher.fingerprint,
         "traces": corpus.hashes,
@@ -261,7 +262,9 @@ def _kept_only_if_killed(store: Store) -> Iterator[None]:
     store.remove()
 
 
-def _refuse_existing(log: Path | None, store: Store, writing: Writing) -> None:
+def _refuse_log(log: Path | None, store: Store, writing: Writing, subject: Subject) -> None:
+    if log is not None:
+        refuse_within(log, "--log", writing.output, subject.root)
     if log is not None and log.exists() and not writing.overwrite and store.read() is None:
         raise UsageError(f"{log} exists; name another --log or add --overwrite")
 

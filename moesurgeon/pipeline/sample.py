@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moesurgeon.checkpoint.places import refuse_within
 from moesurgeon.checkpoint.whole_file import refuse_file, whole_file
 from moesurgeon.engine.budget import Demand, share_out
 from moesurgeon.engine.device import Placement, place
@@ -45,6 +46,7 @@ def sample(
     """
     _refuse_output(output, overwrite=overwrite)
     subject = open_subject(source)
+    refuse_within(output, "--output", subject.root)
     decode = load_detokenizer(subject.root)
     placement = None if spec.uniform else place(running.device, running.dtype, subject.stored_dtype)
     texts: list[str] = []

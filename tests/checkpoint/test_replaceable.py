@@ -38,7 +38,8 @@ def test_a_checkpoint_from_the_hub_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "stranger",
     [".git/HEAD", "src/main.c", "main.py", "train.py", "notes.txt", "notes.md", "keep.json", "data.jsonl",
-     "original/params.json", ".cache/pip/x", ".env", "additional_chat_templates/notes.txt", "model.tar.gz"],
+     "original/params.json", ".cache/pip/x", ".env", "additional_chat_templates/notes.txt", "model.tar.gz",
+     "optimizer.pt", "adapter_model.safetensors", "rng_state.pth", "training_args.bin", "mixtral-q4.gguf"],
 )  # fmt: skip
 def test_what_is_no_part_of_a_checkpoint_is_named(stranger: str, tmp_path: Path) -> None:
     _made(tmp_path, stranger)
@@ -70,10 +71,20 @@ def test_weights_make_a_checkpoint(tmp_path: Path) -> None:
 def test_what_was_written_is_known_by_the_record(tmp_path: Path) -> None:
     """A checkpoint may bring files along that no pattern knows."""
     _made(tmp_path, "evals.json", "docs/how.txt")
-    (tmp_path / "moesurgeon.json").write_text(json.dumps({"files": ["evals.json", "docs/how.txt", 5]}))
+    (tmp_path / "moesurgeon.json").write_text(
+        json.dumps({"files": ["config.json", "model.safetensors", "evals.json", "docs/how.txt", 5]})
+    )
     refuse_strange(tmp_path, CHECKPOINT)
     (tmp_path / "docs" / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"docs/mine\.txt"):
+        refuse_strange(tmp_path, CHECKPOINT)
+
+
+@pytest.mark.parametrize("stranger", ["pytorch_model.bin", "model-extra.safetensors", "LICENSE", "modeling_mine.py"])
+def test_beside_a_record_nothing_else_is_ours(stranger: str, tmp_path: Path) -> None:
+    _made(tmp_path, stranger)
+    (tmp_path / "moesurgeon.json").write_text(json.dumps({"files": ["config.json", "model.safetensors"]}))
+    with pytest.raises(UsageError, match=stranger.replace(".", "[.]")):
         refuse_strange(tmp_path, CHECKPOINT)
 
 

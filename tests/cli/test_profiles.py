@@ -88,6 +88,11 @@ def test_show_writes_a_spreadsheet(tmp_path: Path, profiles: dict[str, Path]) ->
     refused(USAGE, "profile", "show", profiles[MIXTRAL], "--csv", path, says=("exists", "--overwrite"))
     assert path.read_text() == "mine"
     succeeded("profile", "show", profiles[MIXTRAL], "--csv", path, "--overwrite")
+    facts = profiles[MIXTRAL] / "profile.json"
+    show = ("profile", "show", profiles[MIXTRAL], "--csv", facts, "--overwrite")
+    before = facts.read_bytes()
+    refused(USAGE, *show, says=("lies in", "choose another place"))
+    assert facts.read_bytes() == before
     assert path.read_text() != "mine" and list(tmp_path.iterdir()) == [path]
 
 

@@ -134,7 +134,16 @@ def test_arguments(arguments: list[str], says: tuple[str, ...], tmp_path: Path) 
 
 def test_places_that_are_not_for_the_budget(inner: dict[str, Path], top1: dict[str, Path], tmp_path: Path) -> None:
     command = ("retop", MIXTRAL, tmp_path / "out", "--profile", inner[MIXTRAL], "--per-layer-average", "1.5")
-    refused(USAGE, *command, "--per-layer-out", tmp_path / "out" / "k.json", says=("inside a checkpoint",))
+    refused(
+        USAGE,
+        *command,
+        "--per-layer-out",
+        tmp_path / "out" / "k.json",
+        says=(
+            "lies in",
+            "choose another place",
+        ),
+    )
     refused(USAGE, *command, "--per-layer-out", tmp_path / "nowhere" / "k.json", says=("there is no folder",))
     refused(USAGE, *command, "--overwrite", "--per-layer-out", tmp_path, says=("exists",))
     assert contents(tmp_path) == {}

@@ -11,6 +11,7 @@ from moesurgeon.families.keys import value_at
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.verify import verify
 from moesurgeon.surgery.apply import apply
+from moesurgeon.surgery.counts import unknown_counts
 from moesurgeon.surgery.layouts import plan_layout
 from moesurgeon.surgery.prune import plan_prune
 from moesurgeon.surgery.retop import RetopSpec, plan_retop
@@ -37,6 +38,7 @@ def _with(plain: Path, target: Path, config: dict[str, Any]) -> Subject:
         ({"n_routed_experts": 8, "moe_num_experts": 8}, ("n_routed_experts", "moe_num_experts")),
         ({"quantization_config": {"num_experts": 8}}, ("quantization_config.num_experts",)),
         ({"per_layer_config": {"1": {"num_experts": 8}}}, ("per_layer_config.1.num_experts",)),
+        ({"num_moe_experts": 8, "text_config": {"n_expert": 8}}, ("num_moe_experts", "text_config.n_expert")),
     ],
 )
 def test_every_place_of_a_count_is_pruned(
@@ -55,6 +57,7 @@ def test_every_place_of_a_count_is_pruned(
         ({"text_config": {"num_experts_per_tok": 2}}, "text_config.num_experts_per_tok"),
         ({"experts_per_token": 2}, "experts_per_token"),
         ({"moe_config": {"moe_topk": 2}}, "moe_config.moe_topk"),
+        ({"moe_router_topk": 2}, "moe_router_topk"),
     ],
 )
 def test_every_place_of_top_k_is_edited(plain: Path, tmp_path: Path, config: dict[str, Any], key: str) -> None:
@@ -94,6 +97,7 @@ def test_another_top_k_is_refused(plain: Path, tmp_path: Path) -> None:
         {"num_shared_experts": 8, "top_k": 2, "rope_scaling": {"factor": 8}},
         {"num_routed_experts": 0, "n_routed_experts": 0},
         {"moe_stats": {"num_experts": 99}},
+        {"n_experts": 6, "moe_router_topk": 4},
     ],
 )
 def test_what_is_no_count_of_these_experts_stays(plain: Path, tmp_path: Path, config: dict[str, Any]) -> None:
@@ -124,3 +128,13 @@ def test_a_text_model_inside_another_keeps_its_layout(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="the text model inside another"):
         plan_layout(open_subject(str(folder)).anatomy, "qwen2-moe")
+
+
+def test_what_may_be_a_count_is_named(plain: Path, tmp_path: Path) -> None:
+    config = {"my_expert_number": 8, "expert_layer_period": 8, "num_experts": 8, "moe": {"all_experts": 8}}
+    source = _with(plain, tmp_path / "source", config)
+    assert [line.split(":")[0] for line in unknown_counts(source.anatomy)] == [
+        "config.json has my_expert_number = 8",
+        "config.json has moe.all_experts = 8",
+    ]
+    assert unknown_counts(open_subject(str(plain)).anatomy) == []
