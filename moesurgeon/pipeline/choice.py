@@ -161,7 +161,7 @@ def choose_by(
         warnings += claims.warnings_of(kept)
     if any(len(stay) < anatomy.experts for stay in kept.values()) and criterion != "random":
         warnings += weigh(statistics, found, kept, evidence)
-    warnings += weigh_traffic(statistics, kept, evidence)
+    warnings += weigh_traffic(statistics, kept, evidence, criterion)
     if spec.wants_curve:
         curve, against = _curve(anatomy, spec, profile, progress, fixed)
         evidence |= curve

@@ -99,7 +99,7 @@ def settled(choice: Choice, healer: Healer, anatomy: Anatomy, plan: EditPlan | N
     record = {**choice.record, **text, "choice_documents": healer.documents}
     evidence = {**choice.evidence, "choice": {**text, "layers": [each.as_dict() for each in found.values()]}}
     evidence |= explain_choice(anatomy, open_.profile, kept, HEALED)
-    warnings = [*weigh_support(statistics, kept, evidence), *weigh_traffic(statistics, kept, evidence)]
+    warnings = [*weigh_support(statistics, kept, evidence), *weigh_traffic(statistics, kept, evidence, HEALED)]
     if open_.claims is not None:
         free = {layer: each.kept for layer, each in chosen({}).items()}
         evidence["protection"] = open_.claims.report(kept, free)

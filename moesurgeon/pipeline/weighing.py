@@ -48,9 +48,11 @@ def weigh_support(statistics: Statistics, kept: Kept, evidence: dict[str, Any]) 
     ]
 
 
-def weigh_traffic(statistics: Statistics, kept: Kept, evidence: dict[str, Any]) -> list[str]:
+def weigh_traffic(
+    statistics: Statistics, kept: Kept, evidence: dict[str, Any], criterion: str | None = None
+) -> list[str]:
     """Add to ``evidence`` what the experts that go had of the traffic, and return a line for each layer it is much."""
     from moesurgeon.selection.traffic import removed_traffic, traffic_warnings
 
     evidence["traffic_removed"] = removed_traffic(statistics, kept)
-    return traffic_warnings(evidence["traffic_removed"])
+    return traffic_warnings(evidence["traffic_removed"], criterion)

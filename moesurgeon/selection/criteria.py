@@ -51,6 +51,8 @@ CRITERIA: dict[str, Callable[[Statistics, int], Array]] = {
     "traffic-reap": _sum("weighted_norm"),
     "random": _random,
 }
+SUMS = ("frequency", "gate", "ean", "traffic-reap")
+"""Criteria to which an expert's traffic counts."""
 COUNTING = ("frequency", "random")
 """Criteria that need no more than how many tokens each expert was given."""
 SEARCHED = {"reconstruction": "profile --inner", "healed": "--heal"}

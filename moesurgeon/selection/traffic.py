@@ -10,9 +10,11 @@ from typing import Any
 
 from moesurgeon.profiling.statistics import Statistics
 from moesurgeon.selection.candidates import share_of_tokens
+from moesurgeon.selection.criteria import SUMS
 
 MUCH = 1.25
 """So many times the even share, of an expert or of all that go in a layer, is called much."""
+_COUNTING = ", or choose by a criterion that counts tokens, such as --criterion traffic-reap"
 _LAYERS, _EXPERTS = 8, 4  # that are named; the report has all
 
 
@@ -40,8 +42,11 @@ def removed_traffic(statistics: Statistics, kept: Mapping[int, Sequence[int]]) -
     return report
 
 
-def traffic_warnings(removed: Mapping[str, Any]) -> list[str]:
-    """Return a line for each layer that loses much of its traffic by :func:`removed_traffic`, and what to do."""
+def traffic_warnings(removed: Mapping[str, Any], criterion: str | None = None) -> list[str]:
+    """Return a line for each layer that loses much of its traffic by :func:`removed_traffic`, and what to do.
+
+    ``criterion``: by which the experts were chosen; None where they were named.
+    """
     much = {layer: found for layer, found in removed.items() if found["much"]}
     if not much:
         return []
@@ -50,8 +55,8 @@ def traffic_warnings(removed: Mapping[str, Any]) -> list[str]:
     more = len(much) - len(shown)
     return [
         *(_line(layer, much[layer]) for layer in shown),
-        f"experts with much traffic go in {len(much)} of {len(removed)} layers{_rest(more)}: keep more of them, or "
-        "choose by a criterion that counts tokens, such as --criterion traffic-reap, and compare with evaluate",
+        f"experts with much traffic go in {len(much)} of {len(removed)} layers{_rest(more)}: keep more of them"
+        f"{'' if criterion in SUMS else _COUNTING}, and compare with evaluate",
     ]
 
 

@@ -35,6 +35,8 @@ def test_a_layer_is_named_with_its_busy_experts() -> None:
         "traffic (even: 25 %)"
     )
     assert "1 of 3 layers" in advice and "--criterion traffic-reap" in advice
+    advice = traffic_warnings(removed, "traffic-reap")[-1]
+    assert advice == "experts with much traffic go in 1 of 3 layers: keep more of them, and compare with evaluate"
 
 
 def test_many_that_are_a_little_busy_are_much_together() -> None:
