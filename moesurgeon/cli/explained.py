@@ -21,7 +21,8 @@ def show_protection(report: Report) -> None:
     for layer, found in layers.items():
         if found["kept_instead"]:
             print(
-                f"  layer {layer} keeps {_listed(found['kept_instead'])} for it, {_listed(found['dropped_instead'])} go"
+                f"  layer {layer} keeps {_experts(found['kept_instead'])} for it, and loses "
+                f"{_experts(found['dropped_instead'])} instead"
             )
 
 
@@ -70,6 +71,10 @@ def _most(domains: dict[str, dict[str, Any]]) -> str:
 
 def _places(experts: list[dict[str, Any]] | None) -> str:
     return ", ".join(f"{place['expert']} ({place['share']:.0%})" for place in experts or ())
+
+
+def _experts(experts: list[int]) -> str:
+    return f"expert{'' if len(experts) == 1 else 's'} {_listed(experts)}"
 
 
 def _listed(experts: list[int]) -> str:

@@ -72,11 +72,12 @@ def show_healing(report: Report) -> None:
         from moesurgeon.traces.amounts import amounts
 
         plan = healing["planned"]
-        budgets = "".join(f", {tokens} of {name}" for name, tokens in plan["budgets"].items())
-        others = " of traces without a budget" if budgets else ""
+        each = [f"{tokens} of {name}" for name, tokens in plan["budgets"].items()]
+        if set(healing.get("text", {}).get("calibration", {None: None})) - set(plan["budgets"]):
+            each.insert(0, f"{plan['max_tokens']:,} tokens{' of traces without a budget' if each else ''}")
         print(
-            f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, {plan['max_tokens']:,} tokens{others}"
-            f"{budgets}{', merging first' if plan['merge'] else ''}"
+            f"  would heal on {', '.join(plan['traces'])} by {plan['method']}, up to {', '.join(each)}"
+            f"{', merging first' if plan['merge'] else ''}"
         )
         for role, domains in healing.get("text", {}).items():
             print(f"    {role} text: {amounts(domains)}")

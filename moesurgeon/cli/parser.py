@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ class Command(TyperCommand):
         names = {name: option_name(parameter) for name, parameter in options.items()}
         values = {names[name]: ctx.params.get(name) for name in options}
         metavars = {names[name]: metavar_of(parameter) for name, parameter in options.items()}
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{name} {value} is no finite number; give one")
         refuse_useless(str(self.name), (names[name] for name in typed), values, metavars)
         written = [Path(ctx.params[name]) for name in WRITTEN if ctx.params.get(name) is not None]
         for path in written:

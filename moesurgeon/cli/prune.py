@@ -206,7 +206,10 @@ def _show(report: Report, explain: bool) -> None:
         many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
         print(f"{many} of {report['experts_before']} experts per layer can be chosen, by {_criterion(report)}")
     else:
-        print(f"{report['experts_before']} -> {report['experts_after']} experts per layer, by {_criterion(report)}")
+        after = str(report["experts_after"])
+        if report["dry_run"] and any(stage["stage"].startswith("count-") for stage in report["stages"]):
+            after = f"{report['stages'][0]['experts_after']} to {after}, as few as pass the gate,"
+        print(f"{report['experts_before']} -> {after} experts per layer, by {_criterion(report)}")
     traffic = report.get("traffic_removed", {})
     for layer, experts in report["dropped"].items():
         had = f" ({traffic[layer]['share']:.0%} of its traffic)" if experts and layer in traffic else ""

@@ -13,7 +13,7 @@ _OVERFLOW = "its weights are finite, so what it computes overflows in this --dty
 
 
 class NotFinite(CheckpointError):
-    """Raised by who looks at a block and does not know which tensor is to blame; the walk says that."""
+    """Hidden states or outputs are no numbers. Who looks at a block need not know the tensors; the walk names them."""
 
 
 def error_after(
@@ -21,17 +21,17 @@ def error_after(
     tensors: Mapping[str, torch.Tensor],
     pieces: Mapping[str, tuple[Piece, ...]],
     otherwise: NotFinite | None = None,
-) -> CheckpointError:
+) -> NotFinite:
     """Return what to raise for hidden states that are not finite after ``where``, which computed with ``tensors``.
 
     ``pieces``: which stored tensors each was put together from. ``otherwise``: for tensors that are all finite.
     """
     names = culprits(tensors, pieces)
     if not names:
-        return otherwise or CheckpointError(f"{where}: hidden states are not finite; {_OVERFLOW}")
+        return otherwise or NotFinite(f"{where}: hidden states are not finite; {_OVERFLOW}")
     more = f" and {len(names) - 3} tensors more" if len(names) > 3 else ""
     hold = "holds" if len(names) == 1 else "hold"
-    return CheckpointError(
+    return NotFinite(
         f"{where}: hidden states are not finite, since {', '.join(names[:3])}{more} {hold} NaN or infinities; restore "
         "the checkpoint"
     )

@@ -26,7 +26,6 @@ from moesurgeon.engine.hidden import HiddenStates
 from moesurgeon.engine.observe import Visitor, observed
 from moesurgeon.engine.streams import Source, Stream
 from moesurgeon.engine.supply import Tensors
-from moesurgeon.errors import CheckpointError
 from moesurgeon.progress import Advance
 
 Look = Callable[[Stream, int], Visitor | None]
@@ -70,7 +69,7 @@ class Layer:
             raise self._not_finite(stream)
         return output
 
-    def _not_finite(self, stream: Stream, otherwise: NotFinite | None = None) -> CheckpointError:
+    def _not_finite(self, stream: Stream, otherwise: NotFinite | None = None) -> NotFinite:
         prefix = stream.skeleton.layer_prefix.replace("{layer}", str(self.number))
         tensors = {f"{prefix}.{name}": one for name, one in stream.skeleton.layer(self.number).named_parameters()}
         return error_after(f"layer {self.number}", tensors, stream.pieces, otherwise)

@@ -33,7 +33,8 @@ def read_healing_text(
     healing = read_text(
         subject, calibration, builtin_split="calibration", own_split=own[0], remedy=_MORE, progress=progress
     )
-    judging = read_text(subject, validation, builtin_split="validation", own_split=own[1], remedy=_MORE)
+    said = progress if is_given else SILENT  # else it is said of the same files already
+    judging = read_text(subject, validation, builtin_split="validation", own_split=own[1], remedy=_MORE, progress=said)
     refuse_overlap(healing, judging)
     return healing, judging
 

@@ -99,7 +99,7 @@ def refuse_known_validation(subject: Subject, validation: Corpus) -> None:
         count = f"{documents:,} documents" if documents else f"the text of {', '.join(whole)}"
         raise TraceError(
             f"{count} of the validation text calibrated {subject.name} in an earlier step, and cannot judge it: give "
-            "other text to judge, or begin with the checkpoint from before that step"
+            "other text to judge (--validation), or begin with the checkpoint from before that step"
         )
 
 

@@ -26,7 +26,7 @@ from moesurgeon.recovery.schedule import Schedule
 from moesurgeon.recovery.targets import Adapt, Kind
 from moesurgeon.surgery.retop import RetopSpec
 
-_STRICT = ConfigDict(extra="forbid", frozen=True)
+_STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 _Tokens = Annotated[int, Field(ge=8)]
 
 

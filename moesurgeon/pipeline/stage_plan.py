@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from moesurgeon.pipeline.choice import choose
 from moesurgeon.pipeline.healing_text import planned as planned_healing
 from moesurgeon.pipeline.options import Writing
@@ -13,8 +15,11 @@ from moesurgeon.pipeline.stage_state import heal_of, of_count
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.write import finish
 from moesurgeon.progress import Progress
+from moesurgeon.selection.choose import best
 from moesurgeon.selection.criteria import default_criterion
-from moesurgeon.surgery.plan import identity
+from moesurgeon.surgery.anatomy import Anatomy
+from moesurgeon.surgery.plan import EditPlan
+from moesurgeon.surgery.prune import plan_prune
 
 
 def planned(
@@ -22,7 +27,7 @@ def planned(
 ) -> dict[str, Any]:
     """Return what a dry run says: how many stay after each stage; which ones is for the stages to find out.
 
-    With a profile the first one's experts are known, and what traffic they have.
+    With a profile the first one's experts are known, and what traffic they have. Bytes are those of the fewest experts.
     """
     experts = subject.anatomy.experts
     stages: list[dict[str, Any]] = [
@@ -45,5 +50,11 @@ def planned(
         "healing": [],
         "healed": planned_healing(subject, heal_of(spec), progress),
         "warnings": warnings,
-        **finish(identity(subject.anatomy), subject, replace(writing, allow_noop=True), progress),
+        **finish(any_cut(subject.anatomy, min(counts)), subject, replace(writing, allow_noop=True), progress),
     }
+
+
+def any_cut(anatomy: Anatomy, count: int) -> EditPlan:
+    """Plan to keep ``count`` experts a layer: for memory and disk any will do."""
+    scores = np.zeros((len(anatomy.moe_layers), anatomy.experts))
+    return plan_prune(anatomy, best(scores, anatomy.moe_layers, count, anatomy.groups[0]))

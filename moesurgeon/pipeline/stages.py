@@ -14,8 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import moesurgeon
 from moesurgeon.checkpoint.staging import overlap, refuse_place
 from moesurgeon.errors import GateFailed, NothingToDo, UsageError
@@ -32,17 +30,14 @@ from moesurgeon.pipeline.known_text import counted
 from moesurgeon.pipeline.options import HealSpec, Running, Writing
 from moesurgeon.pipeline.prune_spec import HEALED, PruneSpec
 from moesurgeon.pipeline.stage_folder import StageFolder, stage_folder
-from moesurgeon.pipeline.stage_plan import planned
+from moesurgeon.pipeline.stage_plan import any_cut, planned
 from moesurgeon.pipeline.stage_profile import stage_profile
 from moesurgeon.pipeline.stage_state import State, counts_of, heal_of, of_count
 from moesurgeon.pipeline.subject import Subject
 from moesurgeon.pipeline.text import trace_specs, window_length
 from moesurgeon.pipeline.write import finish, refuse_full, refuse_output
 from moesurgeon.progress import Progress
-from moesurgeon.selection.choose import best
-from moesurgeon.surgery.anatomy import Anatomy
-from moesurgeon.surgery.plan import EditPlan
-from moesurgeon.surgery.prune import plan_prune, with_mtp_layers
+from moesurgeon.surgery.prune import with_mtp_layers
 
 
 def prune_in_stages(
@@ -67,7 +62,7 @@ def prune_in_stages(
     first = State.of_source(anatomy)
     if min(counts) == anatomy.experts and not writing.allow_noop:
         raise NothingToDo(f"nothing to prune: all {anatomy.experts} experts of every layer would stay; keep fewer")
-    like, least = (_any(anatomy, count) for count in (max(counts), min(counts)))
+    like, least = (any_cut(anatomy, count) for count in (max(counts), min(counts)))
     refuse_full(writing.output, 0 if writing.link else least.nbytes)
     folder = spec.run or writing.output.with_name(f".{writing.output.name}.stages")
     with healer(subject, heal, running, progress, like=like, choosing=spec.criterion == HEALED) as open_healer:
@@ -77,12 +72,6 @@ def prune_in_stages(
             work = _Stages(subject, spec, open_healer, stages, gate, progress)
             end = work.search(first, counts) if spec.search else work.one_by_one(first, counts)
             return {**work.report(end), **finish(end.plan, subject, writing, progress)}
-
-
-def _any(anatomy: Anatomy, count: int) -> EditPlan:
-    """Plan to keep ``count`` experts a layer: for memory and disk any will do."""
-    scores = np.zeros((len(anatomy.moe_layers), anatomy.experts))
-    return plan_prune(anatomy, best(scores, anatomy.moe_layers, count, anatomy.groups[0]))
 
 
 def _refuse_choice(subject: Subject, spec: PruneSpec, heal: HealSpec) -> None:

@@ -42,8 +42,9 @@ def weigh_support(statistics: Statistics, kept: Kept, evidence: dict[str, Any]) 
     if not unsure:
         return []
     places = [f"layer {layer}: {', '.join(map(str, experts[:8]))}" for layer, experts in unsure.items()]
+    count = sum(map(len, unsure.values()))
     return [
-        f"{sum(map(len, unsure.values()))} of the experts that go were given under {SUPPORT} tokens "
+        f"{count} of the experts that go {'was' if count == 1 else 'were'} given under {SUPPORT} tokens "
         f"({'; '.join(places[:6])}{'; ...' if len(places) > 6 else ''}): hardly seen is not cold, profile more text"
     ]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from moesurgeon.engine.finite import NotFinite
 from moesurgeon.engine.ranks import Ranks
 from moesurgeon.engine.streams import Stream
 from moesurgeon.errors import UsageError
@@ -91,6 +94,11 @@ class _Run:
             experts = changed_experts(
                 self.anatomy, self.before.counts, teacher_counts, dict(training.experts), training.changed
             )
+            if not any(experts.values()):
+                raise UsageError(
+                    f"no expert's traffic differs from the teacher's by more than {training.changed:g} of it, so that "
+                    "nothing of the experts would be trained; lower --changed or leave it out"
+                )
         self.adapted = steps.begin(teacher, experts)
 
     def result(self, store: Store | None, log: Log) -> Recovered:
@@ -114,7 +122,10 @@ class _Run:
         while found.steps < schedule.steps and not (schedule.patience and worse >= schedule.patience):
             found.steps += 1
             batch = next(batches)
-            given = self.steps.gradients(batch, self.parts[0] if found.steps == 1 else None)
+            with self._converging(found.steps):
+                given = self.steps.gradients(batch, self.parts[0] if found.steps == 1 else None)
+            norm = {} if given.norm is None else {"the gradient": given.norm}
+            self._refuse_divergence({**given.figures, **norm}, found.steps)
             if given.norm is not None:
                 refuse_noise(given.norm, self.parts[0])
                 found.gradient_norm = given.norm
@@ -126,7 +137,8 @@ class _Run:
             optimizer.zero_grad()
             if found.steps % schedule.judge_every and found.steps != schedule.steps:
                 continue
-            judged = self.steps.judged(self.parts)
+            with self._converging(found.steps):
+                judged = self.steps.judged(self.parts)
             usage = self._use(judged)
             found.log.append({"step": found.steps, **given.figures, "heldout": judged.loss, "usage": usage})
             worse += 1
@@ -150,6 +162,25 @@ class _Run:
                 )
         self._finish(found, best)
         return found
+
+    @contextmanager
+    def _converging(self, step: int) -> Iterator[None]:
+        """Blame the training for hidden states that are not finite: before it they were."""
+        try:
+            yield
+        except NotFinite as error:
+            self._refuse_divergence({"hidden states": math.nan}, step, error)
+
+    def _refuse_divergence(self, figures: Mapping[str, float], step: int, error: Exception | None = None) -> None:
+        """Raise UsageError for ``figures`` that are not finite."""
+        if all(math.isfinite(value) for value in figures.values()):
+            return
+        rate = self.training.schedule.learning_rate
+        names = ", ".join(name for name, value in figures.items() if not math.isfinite(value))
+        raise UsageError(
+            f"training diverged at step {step} (not finite: {names}) with --learning-rate {rate:g}; lower it, or the "
+            "coefficients and the temperature of the losses"
+        ) from error
 
     def _finish(self, found: Recovered, best: dict[str, torch.Tensor] | None) -> None:
         """Put into ``found`` what the state ``best`` (None: that of the start) is, and is worth."""

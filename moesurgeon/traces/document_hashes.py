@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from moesurgeon.traces.documents import Document
+from moesurgeon.traces.documents import Document, text_digest
 
 if TYPE_CHECKING:
     from moesurgeon.traces.windows import Corpus
@@ -32,7 +32,7 @@ def hashes_of(document: Document) -> set[str]:
     >>> len(hashes_of(Document("json/decoder.py", "a text")))
     1
     """
-    return _hashes(document.key, hashlib.blake2b(document.text.encode(), digest_size=8).digest())
+    return _hashes(document.key, text_digest(document.text))
 
 
 def documents_of(corpus: Corpus) -> Hashes:

@@ -7,6 +7,7 @@ Python version reads it, so that text used to calibrate is never the text that a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -50,6 +51,29 @@ def split_of(key: str) -> Split:
             return split
         point -= share
     raise AssertionError("the shares of the splits must add up to 100")
+
+
+def text_digest(text: str) -> bytes:
+    """Return what a text is known again by: 8 bytes of a hash of its words, whatever white space is between them.
+
+    >>> text_digest("a text") == text_digest(" a\\ntext\\n") != text_digest("atext")
+    True
+    """
+    return digest_of_pieces((text,))
+
+
+def digest_of_pieces(pieces: Iterable[str]) -> bytes:
+    """Return the digest of the text that ``pieces`` make; one piece at a time, which may end within a word."""
+    digest = hashlib.blake2b(digest_size=8)
+    has_begun, is_between = False, False
+    for piece in pieces:
+        if words := " ".join(piece.split()):
+            is_between |= piece[0].isspace()
+            digest.update((" " + words if has_begun and is_between else words).encode())
+            has_begun, is_between = True, piece[-1].isspace()
+        else:
+            is_between |= piece != ""
+    return digest.digest()
 
 
 def place_in_splits(key: str) -> tuple[int, int]:

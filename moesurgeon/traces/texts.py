@@ -6,12 +6,11 @@ form, whatever the template makes of it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from moesurgeon.traces.documents import Document
+from moesurgeon.traces.documents import Document, digest_of_pieces, text_digest
 
 Chat = list[dict[str, Any]]
 Render = Callable[[Chat], str]
@@ -48,25 +47,17 @@ def document_of(value: Any, render: Render | None = None) -> Document | None:
 
 
 def key_of(text: str) -> str:
-    """Return the name of a text for good: a hash of it."""
-    return f"text:{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+    """Return the name of a text for good: a hash of its words."""
+    return f"text:{text_digest(text).hex()}"
 
 
 def key_of_pieces(pieces: Iterable[str]) -> str:
-    """Return the name of the text that ``pieces`` make, without line ends around it; one piece at a time.
+    """Return the name of the text that ``pieces`` make; one piece at a time.
 
-    >>> key_of_pieces(["\\n", "one\\n\\n", "two", "\\n"]) == key_of("one\\n\\ntwo")
+    >>> key_of_pieces(["\\n", "one\\n\\n", "tw", "o", "\\n"]) == key_of("one two")
     True
     """
-    digest = hashlib.blake2b(digest_size=8)
-    held, has_begun = "", False
-    for piece in pieces:
-        text = held + (piece if has_begun else piece.lstrip("\n"))
-        has_begun = has_begun or text != ""
-        inner = text.rstrip("\n")
-        digest.update(inner.encode())
-        held = text[len(inner) :]
-    return f"text:{digest.hexdigest()}"
+    return f"text:{digest_of_pieces(pieces).hex()}"
 
 
 def text_of(value: Any) -> str:

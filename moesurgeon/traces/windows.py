@@ -6,7 +6,6 @@ predicted, and no expert chosen, from text that has nothing to do with it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from moesurgeon.errors import TraceError, UsageError
 from moesurgeon.traces.budgets import SHORTEST, shares_of
-from moesurgeon.traces.documents import Document, Split
+from moesurgeon.traces.documents import Document, Split, text_digest
 from moesurgeon.traces.files import FilesRead, files_of
 from moesurgeon.traces.left_out import Excluded, LeftOut, none_left
 from moesurgeon.traces.sampling import Sizes, sampled, small_batches
@@ -60,7 +59,7 @@ class Catalogue:
         number = self.keys.setdefault(document.key, len(self.keys))
         if number == len(self.places):
             self.places.append(document.where or document.key)
-        self.texts.setdefault(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), number)
+        self.texts.setdefault(text_digest(document.text), number)
         return number
 
 

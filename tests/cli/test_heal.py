@@ -33,7 +33,7 @@ def test_prune(name: str, out: Path, profiles: dict[str, Path]) -> None:
     assert planned["healed"]["planned"]["traces"] == ["builtin:json", "l=builtin:logs"]
     assert planned["healed"]["planned"]["pace"]["steps"] == 3
     shown = succeeded(*arguments, "--dry-run").out
-    assert "would heal on builtin:json, l=builtin:logs by distill, 2,048 tokens" in shown
+    assert "would heal on builtin:json, l=builtin:logs by distill, up to 2,048 tokens" in shown
     assert contents(out.parent) == {}
     written = succeeded(*arguments, "--json").json
     healing = written["healed"]
@@ -130,7 +130,7 @@ def test_a_budget_is_what_a_domain_heals_on(out: Path) -> None:
     assert even["heldout_tokens"] == less["heldout_tokens"] and even["heldout"] != less["heldout"]
     planned = succeeded("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--heal-budget", "json=1k", "--dry-run",
                         "--overwrite")  # fmt: skip
-    assert ", 1k of json" in planned.out
+    assert "distill, up to 1k of json" in planned.out
     for budget, says in (("jsn=1k", "a budget is for 'jsn'"), ("json", "--heal-budget json is not of the form")):
         arguments = ("retop", MIXTRAL, out, "--calibrate", "builtin:json", "--overwrite", "--heal-budget", budget)
         refused(2, *arguments, says=(says,))

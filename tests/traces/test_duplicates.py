@@ -93,3 +93,12 @@ def test_copies_in_one_domain_are_one_document(tmp_path: Path) -> None:
     corpus = counted_once(_corpus(str(path)))
     assert len(corpus.documents["a"]) == 3
     assert {window.document for window in corpus.windows} == {0, 1, 2}
+
+
+def test_white_space_makes_no_other_document(tmp_path: Path) -> None:
+    heals, judges = tmp_path / "heals.jsonl", tmp_path / "judges.jsonl"
+    text = "def f(x):\n    return x\n" * 12
+    heals.write_text(json.dumps({"text": text}) + "\n")
+    judges.write_text(json.dumps({"text": text.replace("\n", "\r\n").replace("    ", "\t") + "\n"}) + "\n")
+    with pytest.raises(TraceError, match="what heals cannot judge"):
+        refuse_overlap(_corpus(str(heals)), _corpus(str(judges)))

@@ -65,6 +65,26 @@ def test_recover_arguments(out: Path, top1: dict[str, Path], monkeypatch: pytest
         refused(USAGE, *command, option, "0", says=(option,))
     for option in ("--learning-rate", "--balance", "--temperature", "--seed"):
         refused(USAGE, *command, option, "-1", says=(option,))
+    for option, value in (("--learning-rate", "inf"), ("--lm", "inf"), ("--clip", "inf")):
+        refused(USAGE, *command, option, value, says=(option, "no finite number"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--learning-rate", "1e30"), ("training diverged at step 2", "--learning-rate 1e+30; lower it")),
+        (("--learning-rate", "1e30", "--streamed"), ("training diverged at step 2", "lower it")),
+        (("--temperature", "1e30"), ("training diverged at step 1", "the temperature of the losses")),
+        (("--adapt", "experts", "--changed", "99"), ("no expert's traffic differs", "lower --changed")),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_recover_that_cannot_learn(
+    options: tuple[str, ...], says: tuple[str, ...], out: Path, top1: dict[str, Path]
+) -> None:
+    few = ("--steps", "3", "--tokens-per-step", "128", "--heldout-tokens", "128")
+    refused(USAGE, "recover", top1[MIXTRAL], out, "--teacher", MIXTRAL, *TEXT, *few, *options, says=says)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
