@@ -104,7 +104,7 @@ def recover(
     refuse_spec(subject, teacher, spec, text, writing)
     refuse_adapter(spec.save_adapter, spec.adapt, writing, (subject.root, teacher.root))
     placement = place(running.device, running.dtype, subject.stored_dtype)
-    is_itself = shares_weights(subject, teacher)
+    is_itself = _is_itself(subject, teacher, spec, progress)
     ranks = join_ranks(running.device, PATIENCE)
     length = window_length(subject, text)
     pool, heldout = recovery_text(subject, text, spec.validation, spec.heldout_tokens, progress)
@@ -260,6 +260,14 @@ def _kept_only_if_killed(store: Store) -> Iterator[None]:
         store.remove()
         raise
     store.remove()
+
+
+def _is_itself(subject: Subject, teacher: Subject, spec: RecoverSpec, progress: Progress) -> bool:
+    """Tell whether teacher and student have the same weights; a cache is not needed then, and that is said."""
+    is_itself = shares_weights(subject, teacher)
+    if is_itself and spec.cache is not None:
+        progress.note(f"note: nothing is kept in --cache {spec.cache}: teacher and student have the same weights")
+    return is_itself
 
 
 def _refuse_log(log: Path | None, store: Store, writing: Writing, subject: Subject) -> None:
