@@ -31,7 +31,7 @@ _SHARE = 0.8
 _LOADED_LATER = 64 << 20  # libraries that are loaded once work begins, where the process has more than INTERPRETER
 _FEW = 1024  # tokens: reading ahead is given up before batches get smaller than this
 _LEAST_TOKENS, _LEAST_POSITIONS = 128, 64
-_SPARE = 1.05  # of what is computed with: allocators keep pieces
+_SPARE = 1.1  # of what is computed with: allocators keep pieces
 
 
 @dataclass(frozen=True, kw_only=True)

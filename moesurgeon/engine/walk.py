@@ -22,6 +22,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from moesurgeon.engine.arguments import Arguments
 from moesurgeon.engine.batches import Batch
 from moesurgeon.engine.finite import NotFinite, error_after
+from moesurgeon.engine.free import trim
 from moesurgeon.engine.hidden import HiddenStates
 from moesurgeon.engine.observe import Visitor, observed
 from moesurgeon.engine.streams import Source, Stream
@@ -188,6 +189,7 @@ class Walk:
 
     def tail(self) -> Iterator[Tail]:
         """Yield the tail, once."""
+        trim()  # the pieces that the layers' batches left are no places for logits
         with ExitStack() as stack:
             for source in self.sources:
                 groups = source.supply.walk(source.layers + 1)
