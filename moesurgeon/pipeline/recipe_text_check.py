@@ -1,7 +1,8 @@
 """Whether the text of a recipe is enough for all that its steps read of it, told before the first one.
 
 Of a user's text a few tokens of every split that will be asked for are read, as the steps read them; of builtin text
-it is known that every split has some.
+it is known that every split has some. Where validation has files of its own, all is read, so that no document is on
+both sides.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import replace
 
 from moesurgeon.errors import UsageError
 from moesurgeon.pipeline.evaluate import EvaluateSpec, needs_intervals, read_gate, refuse_unknown_intervals
-from moesurgeon.pipeline.healing_text import judging_text
+from moesurgeon.pipeline.healing_text import judging_text, read_healing_text
 from moesurgeon.pipeline.options import Text
 from moesurgeon.pipeline.recipe import Recipe
 from moesurgeon.pipeline.recipe_steps import recovery_of, step_on, usage_text
@@ -41,7 +42,20 @@ def refuse_unusable_text(recipe: Recipe, subject: Subject) -> None:
         if little.traces and (name := f"{little} {builtin_split} {own_split}") not in read:
             read_text(subject, little, builtin_split=builtin_split, own_split=own_split)
             read.add(name)
+    if recipe.text.validation:
+        for text, judging in {str(pair): pair for pair in _pairs(recipe)}.values():
+            read_healing_text(subject, text, judging, is_given=True)  # refuses what would be on both sides
     _refuse_unknown_intervals(recipe, subject)
+
+
+def _pairs(recipe: Recipe) -> Iterator[tuple[Text, Text]]:
+    """Yield the text that heals or trains with the text that judges it, of every step."""
+    for step in recipe.steps:
+        if heal := step_on(recipe, step).heal:
+            yield heal.text, heal.judging
+        if step.recover:
+            spec, text = recovery_of(recipe, step.recover)
+            yield text, judging_text(text, spec.validation, spec.heldout_tokens)
 
 
 def _texts(recipe: Recipe) -> Iterator[tuple[Text, Split, Split, Sequence[str]]]:

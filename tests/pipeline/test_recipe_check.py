@@ -154,6 +154,10 @@ CASES = {
     "too few tokens to judge": Case(
         "steps: [{retop: {heal: {heldout_tokens: 40}}}]", UsageError, "40 tokens are too few for 6 traces"
     ),
+    "text that heals and judges": Case(
+        "text: {calibration: [many.jsonl], validation: [late.jsonl], report: ['builtin:json']}\n"
+        "steps: [{retop: {}}, {prune: {keep_experts: six, heal: {}}}]", InputError, "what heals cannot judge"
+    ),
     "a single sample": Case(
         "steps: [{sample: {tokens: 64, length: 64}}, {retop: {heal: {}}}]", UsageError, "can be a single text"
     ),
@@ -166,7 +170,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("given")
     for name, content in (("six", SIX), ("all", ALL), ("nine", NINE)):
         (folder / name).write_text(content)
-    for name, texts in (("one", [DOCUMENT]), ("short", ["a b"] * 40), ("many", [f"{n} {DOCUMENT}" for n in range(40)])):
+    many = [f"{n} {DOCUMENT}" for n in range(40)]
+    for name, texts in (("one", [DOCUMENT]), ("short", ["a b"] * 40), ("many", many), ("late", many[38:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name, checkpoint in (("mixtral", BUILTIN[0]), ("deepseek", BUILTIN[1])):
         text = usage_text(_recipe("builtin:json"), 256)
