@@ -31,6 +31,8 @@ _DTYPES = (
     "half",
 )
 GENERATION_NAME = "generation_config.json"
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_END, _BLANKS = 256, b" \t\r\n\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,14 @@ class Beside:
 def look_beside(checkpoint: Checkpoint) -> Beside:
     """Return what is in the folder of ``checkpoint`` besides the checkpoint."""
     return Beside(
-        tuple([*_other_weights(checkpoint), *_other_config(checkpoint), *_generation(checkpoint.root)]),
+        tuple(
+            [
+                *_other_weights(checkpoint),
+                *_other_config(checkpoint),
+                *_generation(checkpoint.root),
+                *_tokenizer(checkpoint.root),
+            ]
+        ),
         tuple([*_other_shards(checkpoint), *_remote_code(checkpoint)]),
         tuple(left_out(checkpoint.root, checkpoint.headers)),
     )
@@ -93,6 +102,20 @@ def _generation(root: Path) -> Iterator[str]:
         read_json_file(root, GENERATION_NAME)
     except CheckpointError as error:
         yield f"{error}, or delete it: defaults are taken then"
+
+
+def _tokenizer(root: Path) -> Iterator[str]:
+    """Yield what is cut off or no object; the large one is looked at from both ends only."""
+    for name in TOKENIZER_NAMES:
+        if (root / name).is_file() and not _is_whole_object(root / name):
+            yield f"{name} is no whole JSON object, so that loaders fail on it or read other text; copy it again"
+
+
+def _is_whole_object(path: Path) -> bool:
+    with path.open("rb") as file:
+        begins = file.read(_END).lstrip(_BLANKS)[:1]
+        file.seek(max(0, path.stat().st_size - _END))
+        return begins == b"{" and file.read().rstrip(_BLANKS)[-1:] == b"}"
 
 
 def _other_shards(checkpoint: Checkpoint) -> Iterator[str]:

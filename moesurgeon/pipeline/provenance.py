@@ -36,6 +36,17 @@ def history_of(subject: Subject) -> Sequence[Step]:
     return history
 
 
+def refuse_stale_record(subject: Subject) -> None:
+    """Raise CheckpointError if the record is of another checkpoint: an edit would carry it on and never verify."""
+    history = history_of(subject)
+    result = history[-1].get("result", {}) if history else {}
+    if result.get("fingerprint") not in (None, subject.fingerprint):
+        raise CheckpointError(
+            f"{subject.name} is not what its {PROVENANCE_NAME} records, so that no edit of it would verify: restore "
+            f"its files, or remove {PROVENANCE_NAME} if the change is meant"
+        )
+
+
 def refuse_inconsistent(subject: Subject, history: Sequence[Step]) -> None:
     """Raise OutputError unless each step begins with what the one before it made, and the last made ``subject``.
 

@@ -12,6 +12,7 @@ from moesurgeon.errors import NothingToDo
 from moesurgeon.pipeline.choice import Choice, choice_of_file, choose, plan_chosen
 from moesurgeon.pipeline.known_text import counted
 from moesurgeon.pipeline.options import Running, Writing
+from moesurgeon.pipeline.provenance import refuse_stale_record
 from moesurgeon.pipeline.prune_spec import PruneSpec
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.write import finish_healed, refuse_layout, refuse_output
@@ -45,6 +46,7 @@ def prune(
     if spec.curve_plot is not None:  # drawn in a dry run, too
         refuse_file(spec.curve_plot, "--curve-plot", overwrite=writing.overwrite)
     subject = open_subject(source)
+    refuse_stale_record(subject)
     if spec.curve_plot is not None:
         read = () if spec.profile is None else (spec.profile,)
         refuse_within(spec.curve_plot, "--curve-plot", writing.output, subject.root, *read)

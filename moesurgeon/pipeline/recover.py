@@ -23,6 +23,7 @@ from moesurgeon.healing.planned import plan_healed
 from moesurgeon.pipeline.healing_text import recovery_text, say_amounts
 from moesurgeon.pipeline.known_text import record_of, refuse_known_validation
 from moesurgeon.pipeline.options import Running, Text, Writing
+from moesurgeon.pipeline.provenance import refuse_stale_record
 from moesurgeon.pipeline.recover_adapter import beside, refuse_adapter
 from moesurgeon.pipeline.recover_check import check_training
 from moesurgeon.pipeline.recover_streamed import share_training, streaming
@@ -99,6 +100,7 @@ def recover(
     of every batch; the first writes.
     """
     subject, teacher = open_subject(source), open_subject(spec.teacher)
+    refuse_stale_record(subject)
     refuse_output(writing, subject.root, teacher.root)
     refuse_other_tokenizer(subject, teacher, progress)
     refuse_spec(subject, teacher, spec, text, writing)

@@ -20,6 +20,7 @@ from moesurgeon.errors import InputError, NothingToDo, OutputError, UsageError
 from moesurgeon.pipeline.heal import healed
 from moesurgeon.pipeline.healing_text import planned
 from moesurgeon.pipeline.options import HealSpec, Running, Text, Writing
+from moesurgeon.pipeline.provenance import refuse_stale_record
 from moesurgeon.pipeline.recover import RecoverSpec, digest_of, recover, refuse_spec
 from moesurgeon.pipeline.subject import Subject, open_subject
 from moesurgeon.pipeline.tokenizers import refuse_other_tokenizer
@@ -55,6 +56,7 @@ def recover_layers(
         validation=spec.validation,
     )
     subject, teacher = open_subject(source), open_subject(spec.teacher)
+    refuse_stale_record(subject)
     refuse_output(writing, subject.root, teacher.root)
     refuse_other_tokenizer(subject, teacher)
     _refuse(subject, teacher, spec, text, writing)

@@ -7,6 +7,7 @@ from typing import Any
 from moesurgeon.pipeline.foresight import Foresight, foresee, refuse_unforeseeable, write_divided
 from moesurgeon.pipeline.inspect import output_scale
 from moesurgeon.pipeline.options import HealSpec, Running, Writing
+from moesurgeon.pipeline.provenance import refuse_stale_record
 from moesurgeon.pipeline.subject import open_subject
 from moesurgeon.pipeline.write import finish_healed, refuse_output
 from moesurgeon.progress import SILENT, Progress
@@ -29,6 +30,7 @@ def retop(
     Before that ``foresight`` says what a profile tells of it: collapse, errors by layer.
     """
     subject, asked = open_subject(source), foresight or Foresight()
+    refuse_stale_record(subject)
     refuse_output(writing, subject.root)
     plan = plan_retop(subject.anatomy, spec)
     after = plan.result(subject.anatomy)

@@ -42,6 +42,9 @@ def _put(name: str, content: str) -> Callable[[Path], None]:
         (_put("x", ""), {"transformers_weights": "other.safetensors"}, "names its weights itself"),
         (_put("x", ""), {"configuration_files": ["config.4.0.0.json"]}, "hands over to other files"),
         (_put("generation_config.json", "[]"), {}, "generation_config.json is not a JSON object"),
+        (_put("tokenizer.json", '{"model": {"vocab": {"a": '), {}, "tokenizer.json is no whole JSON object"),
+        (_put("tokenizer_config.json", ""), {}, "tokenizer_config.json is no whole JSON object"),
+        (_put("added_tokens.json", "[1]\n"), {}, "added_tokens.json is no whole JSON object"),
     ],
 )
 def test_what_redirects_a_loader_is_named(

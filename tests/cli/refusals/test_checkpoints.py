@@ -79,3 +79,20 @@ def test_hub_names() -> None:
 
 def test_path_that_no_file_system_takes() -> None:
     refused(INPUT, "inspect", "x" * 5000, says=("name too long",))
+
+
+@pytest.mark.parametrize("command", ["retop", "prune", "recover"])
+def test_a_record_of_another_checkpoint(command: str, out: Path, tmp_path: Path) -> None:
+    """Its edit could never verify; what to do is said before any work."""
+    source = whole(tmp_path / "source")
+    succeeded("retop", MIXTRAL, tmp_path / "top1", "--json")
+    record = tmp_path / "top1" / "moesurgeon.json"
+    (source / record.name).write_bytes(record.read_bytes())
+    arguments = {
+        "retop": ("retop", source, out),
+        "prune": ("prune", source, out, "--profile", tmp_path, "--keep", "6"),
+        "recover": ("recover", source, out, "--teacher", MIXTRAL, "-t", "builtin:json"),
+    }
+    says = ("is not what its moesurgeon.json records", "remove moesurgeon.json if the change is meant")
+    refused(INPUT, *arguments[command], says=says)
+    assert not out.exists()
