@@ -23,7 +23,7 @@ from tests.cli.refusals.places import INPUT, MIXTRAL, USAGE
         (["--ratio", "0"], ("--ratio 0 is not between 0 and 1", "share")),
         (["--ratio", "1"], ("--ratio 1 is not between 0 and 1", "share")),
         (["--ratio", "-0.5"], ("--ratio -0.5", "share")),
-        (["--ratio", "nan"], ("--ratio nan", "share")),
+        (["--ratio", "nan"], ("--ratio nan", "no finite number")),
         (["--ratio", "0.1"], ("less than one", "nothing would be removed")),
         (["--ratio", "0.9"], ("keep at least 2 experts",)),
         (["--ratio", "a lot"], ("--ratio",)),
