@@ -53,6 +53,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _renamed(path: Path, name: Path) -> str:
-    path.rename(name)
+    if path.exists() or not name.exists():  # else a run that was stopped here has done it
+        path.rename(name)
     sync(name.parent)
     return str(name)

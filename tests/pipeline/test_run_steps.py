@@ -57,7 +57,7 @@ def test_failing_step_leaves_no_figures(recipe: Path, out: Path, monkeypatch: py
     monkeypatch.setattr(module, "retop", _fail)
     with pytest.raises(CheckpointError, match="no luck"):
         run(recipe, RunOutput(output=out))
-    assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", "stages"]
+    assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", "run.json", "stages"]
     assert [json.loads(line)["stage"] for line in (out / "journal.jsonl").read_text().splitlines()] == ["original"]
 
 
@@ -78,12 +78,12 @@ def test_overwrite_replaces_a_run_and_nothing_else(recipe: Path, out: Path) -> N
 @pytest.mark.usefixtures("cheap")
 def test_a_run_is_replaced_on_request(recipe: Path, out: Path) -> None:
     run(recipe, RunOutput(output=out))
-    (out / "checkpoint" / "NOTICE").touch()
+    (out / "report.html").touch()
     with pytest.raises(UsageError, match="holds a run already; choose another folder or add --overwrite"):
         run(recipe, RunOutput(output=out))
-    assert (out / "checkpoint" / "NOTICE").exists()
+    assert (out / "report.html").exists()
     run(recipe, RunOutput(output=out, overwrite=True))
-    assert not (out / "checkpoint" / "NOTICE").exists() and (out / "figures.json").exists()
+    assert not (out / "report.html").exists() and (out / "figures.json").exists()
     assert sorted(path.name for path in out.parent.iterdir()) == ["out", "recipe.yaml"]
 
 
@@ -347,3 +347,80 @@ def test_a_full_disk_is_no_bug(recipe: Path, out: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "write_whole", full)
     with pytest.raises(OutputError, match=r"No space left on device.*what its journal names is whole"):
         run(recipe, RunOutput(output=out))
+
+
+RESUMED = """checkpoint: {checkpoint}
+text: {{traces: [builtin:json]}}
+steps:
+  - profile: {{max_tokens: 512}}
+  - prune: {{keep: 6}}
+  - retop: {{}}
+"""
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("killed_at", ["retop", "profile", "prune", "measured", "settle"])
+def test_a_run_that_was_stopped_goes_on(
+    killed_at: str, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same figures and bytes as undisturbed, and no finished step is done twice."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RESUMED.format(checkpoint=BUILTIN[0]))
+    whole = run(recipe, RunOutput(output=tmp_path / "whole"))
+
+    def killed(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    name = "_measured" if killed_at == "measured" else killed_at
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, _later(getattr(module, name), killed, 1 if killed_at == "measured" else 0))
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, RunOutput(output=out))
+    assert not (out / "figures.json").exists()
+    before = [line["stage"] for line in _journal(out)]
+    called: list[str] = []
+    for step in ("retop", "profile", "prune"):
+        monkeypatch.setattr(module, step, _counted(getattr(module, step), step, called))
+    resumed = run(recipe, RunOutput(output=out))
+    assert called == ["profile", "prune", "retop"][max(0, len(before) - 1) :]
+    for report in (whole, resumed):
+        report.pop("seconds")
+    assert json.dumps(resumed) == json.dumps(whole).replace(str(tmp_path / "whole"), str(out))
+    files = {path.name: path.read_bytes() for path in (out / "checkpoint").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole" / "checkpoint").iterdir()}
+    with pytest.raises(UsageError, match="holds a run already"):
+        run(recipe, RunOutput(output=out))
+
+
+@pytest.mark.usefixtures("cheap")
+def test_what_was_begun_with_something_else_does_not_go_on(
+    recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "retop", _fail)
+        with pytest.raises(CheckpointError):
+            run(recipe, RunOutput(output=out))
+    recipe.write_text(recipe.read_text() + "report_tokens: 4096\n")
+    with pytest.raises(UsageError, match=r"was begun with another recipe.*or add --overwrite"):
+        run(recipe, RunOutput(output=out))
+    (out / "run.json").write_text("{")
+    with pytest.raises(UsageError, match="was begun with another recipe"):
+        run(recipe, RunOutput(output=out))
+
+
+def _later(real: Callable[..., Any], then: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """Do the real thing a number of times first."""
+    left = iter([real] * times)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        return next(left, then)(*arguments, **options)
+
+    return call
+
+
+def _counted(real: Callable[..., Any], name: str, called: list[str]) -> Callable[..., Any]:
+    def step(*arguments: Any, **options: Any) -> Any:
+        called.append(name)
+        return real(*arguments, **options)
+
+    return step
