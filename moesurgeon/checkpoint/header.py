@@ -9,8 +9,10 @@ A checkpoint is untrusted input: whatever the header says is checked against the
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import operator
 import os
 import struct
 import sys
@@ -177,6 +179,8 @@ def _stored_tensor(
         raise _damaged(shard, f"gives {name!r} the unknown dtype {said!r}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(shard, f"gives {name!r} a shape or offsets that are not sizes")
+    if max(itertools.accumulate(shape, operator.mul), default=1) >= 1 << 64:  # a zero behind it hides nothing
+        raise _damaged(shard, f"gives {name!r} a shape whose sizes multiply to more than 64 bits hold")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise _damaged(shard, f"gives {name!r} {offsets[1] - offsets[0]} bytes, but its shape needs {bits} bits")

@@ -22,7 +22,7 @@ def kept(tmp_path: Path) -> Path:
 
 def test_with_a_choice_of_ones_own(out: Path, kept: Path) -> None:
     arguments = ("prune", MIXTRAL, out, "--keep-experts", kept, "--merge")
-    assert "by scale, 1,024 tokens, merging first" in succeeded(*arguments, *HEAL, "--dry-run").out
+    assert "by scale, up to 1,024 tokens, merging first" in succeeded(*arguments, *HEAL, "--dry-run").out
     shown = succeeded(*arguments, *HEAL).out
     assert len(re.findall(r"\(merge 0\.\d{4}( \(left\))?, scale 0\.\d{4}", shown)) == 4, shown
     assert re.search(r"merging was (kept|left out|not better)", shown)

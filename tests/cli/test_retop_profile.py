@@ -123,7 +123,7 @@ def test_it_goes_with_healing(inner: dict[str, Path], tmp_path: Path) -> None:
         (["--per-layer-out", "k.json"], ("add --per-layer-average",)),
         (["--profile", "nowhere", "--per-layer-out", "k.json"], ("add --per-layer-average",)),
         (["--profile", "nowhere", "--per-layer-average", "2.5"], ("2.5 is not between 1 and the checkpoint's 2",)),
-        (["--profile", "nowhere", "--per-layer-average", "nan"], ("nan is not between 1",)),
+        (["--profile", "nowhere", "--per-layer-average", "nan"], ("nan is no finite number",)),
     ],
     ids=" ".join,
 )
