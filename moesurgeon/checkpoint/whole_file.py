@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from moesurgeon.checkpoint.install import sync
 from moesurgeon.checkpoint.places import nearest, what_it_is
+from moesurgeon.checkpoint.replaceable import CHECKPOINT
 from moesurgeon.errors import OutputError, UsageError
 
 
@@ -26,6 +27,8 @@ def refuse_file(path: Path, option: str, *, overwrite: bool, makes_folders: bool
         if path.exists() and not overwrite:
             raise UsageError(f"{option} {path} exists; name another file or add --overwrite")
         folder = path.absolute().parent
+        if path.exists() and CHECKPOINT.is_kind_of(folder):
+            raise UsageError(f"{option} {path} is a file of the checkpoint {folder}; choose another place")
         there = nearest(folder)
         if not there.is_dir():
             raise UsageError(f"{option} {path}: {there} {what_it_is(there)}; choose another place")

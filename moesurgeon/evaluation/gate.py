@@ -187,6 +187,8 @@ def _conditions(expression: str) -> list[Condition]:
             raise UsageError(f"gate {expression!r}: {reader.text(part)} is a number; compare it, as in <= 1.02")
         text = expression if len(parts) == 1 else reader.text(part)
         found.append(Condition(text, rewritten, reader.names))
+    if not any(condition.names for condition in found):
+        raise UsageError(f"gate {expression!r} names no figure, so that it is always the same; compare one")
     return found
 
 

@@ -52,9 +52,15 @@ def unknown_counts(source: Anatomy) -> list[str]:
     known = {*expert_counts(source), *top_k_counts(source)}
     return [
         f"config.json has {key} = {value}: it may count experts, and is copied as it is; edit it if it does"
-        for key, value in _counts_in(source.config, lambda name: _MAYBE.search(name) and not _NO_COUNT.search(name))
-        if key not in known and type(value) is int and value == source.experts
+        for key, value in _counts_in(source.config, _MAYBE.search)
+        if key not in known and _may_count(key, value, source.experts)
     ]
+
+
+def _may_count(key: str, value: Any, experts: int) -> bool:
+    if isinstance(value, list):
+        return len(value) > 1 and all(type(each) is int and each == experts for each in value)
+    return type(value) is int and value == experts and not _NO_COUNT.search(key.rpartition(".")[2])
 
 
 def _places(

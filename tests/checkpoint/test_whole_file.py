@@ -102,3 +102,11 @@ def test_what_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
             refuse_file(tmp_path / name, "--log", overwrite=True)
     refuse_file(tmp_path / "file", "--log", overwrite=True)
     refuse_file(tmp_path / "a" / "x", "--log", overwrite=False, makes_folders=True)
+
+
+def test_a_file_of_a_checkpoint_stays(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UsageError, match=r"config.json is a file of the checkpoint"):
+        refuse_file(tmp_path / "config.json", "--csv", overwrite=True)
+    refuse_file(tmp_path / "new.csv", "--csv", overwrite=True)

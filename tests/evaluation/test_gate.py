@@ -153,6 +153,7 @@ def test_a_condition_behind_one_that_fails_needs_no_value() -> None:
         ("loss < True", "True is not possible"),
         ("loss == None", "None is not possible"),
         ("loss < 'a'", "'a' is not possible"),
+        ("1 < 2", "names no figure"),
         ("loss < 1j", "1j is not possible"),
         ("loss is 1", "is not possible"),
         ("loss in (1, 2)", "is not possible"),

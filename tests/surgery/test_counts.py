@@ -131,10 +131,17 @@ def test_a_text_model_inside_another_keeps_its_layout(tmp_path: Path) -> None:
 
 
 def test_what_may_be_a_count_is_named(plain: Path, tmp_path: Path) -> None:
-    config = {"my_expert_number": 8, "expert_layer_period": 8, "num_experts": 8, "moe": {"all_experts": 8}}
+    config = {
+        "my_expert_number": 8,
+        "expert_layer_period": 8,
+        "num_experts": 8,
+        "moe": {"all_experts": 8},
+        "experts_by_layer": [8, 8],
+    }
     source = _with(plain, tmp_path / "source", config)
     assert [line.split(":")[0] for line in unknown_counts(source.anatomy)] == [
         "config.json has my_expert_number = 8",
         "config.json has moe.all_experts = 8",
+        "config.json has experts_by_layer = [8, 8]",
     ]
     assert unknown_counts(open_subject(str(plain)).anatomy) == []
