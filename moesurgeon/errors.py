@@ -17,7 +17,7 @@ Every message is one line: what is wrong, then what to do about it. A traceback 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 EXIT_OK = 0
@@ -78,3 +78,12 @@ class OutputError(MoeSurgeonError):
     """The output could not be written or did not verify (exit code 5)."""
 
     exit_code = 5
+
+
+def and_more(names: Sequence[str]) -> str:
+    """Return the first of ``names`` and how many more there are, for a message.
+
+    >>> and_more(["a"]), and_more(["a", "b", "c"])
+    ('a', 'a and 2 more')
+    """
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -15,7 +15,7 @@ from typing import Any
 
 from moesurgeon.checkpoint.header import Header, StoredTensor, parse_json, read_header
 from moesurgeon.checkpoint.pointers import read_by_loaders, refuse_pointers
-from moesurgeon.errors import CheckpointError
+from moesurgeon.errors import CheckpointError, and_more
 
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_NAME = "adapter_config.json"
@@ -188,7 +188,7 @@ def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, StoredTens
     unlisted = [name for name in tensors if name not in weight_map]
     if unlisted:
         raise CheckpointError(
-            f"{tensors[unlisted[0]].shard} holds {unlisted[0]!r} and {len(unlisted) - 1} more that {INDEX_NAME} "
+            f"{tensors[unlisted[0]].shard} holds {and_more([repr(name) for name in unlisted])} that {INDEX_NAME} "
             "does not list; the index belongs to another checkpoint"
         )
 
@@ -203,7 +203,7 @@ def _no_weights(root: Path) -> str:
     others = sorted(path.name for path in root.glob("*.safetensors"))
     if others:
         return (
-            f"{root} holds {others[0]} and {len(others) - 1} more, but no {INDEX_NAME} that says which tensor is "
+            f"{root} holds {and_more(others)}, but no {INDEX_NAME} that says which tensor is "
             f"where; download the index, or call a single file {SINGLE_NAME}"
         )
     return f"{root} holds neither {INDEX_NAME} nor {SINGLE_NAME}; it is not a safetensors checkpoint"

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from moesurgeon.engine.skeleton import Skeleton
-from moesurgeon.errors import CheckpointError
+from moesurgeon.errors import CheckpointError, and_more
 from moesurgeon.surgery.anatomy import Anatomy, Role
 
 # Scales of FP8 weights, by blocks; other spellings and formats are not dequantised here.
@@ -76,9 +76,7 @@ def destinations_of(anatomy: Anatomy, skeleton: Skeleton) -> Destinations:
     ):
         if names:
             stored = sorted({pieces[name][0].source if name in pieces else name for name in names})
-            raise CheckpointError(
-                f"this {anatomy.family.title} checkpoint {what} {stored[0]} and {len(stored) - 1} more; it cannot run"
-            )
+            raise CheckpointError(f"this {anatomy.family.title} checkpoint {what} {and_more(stored)}; it cannot run")
     for target, parts in pieces.items():
         _check_shapes(anatomy, skeleton, target, parts)
     return Destinations({target: tuple(parts) for target, parts in pieces.items()}, _scale_block(anatomy))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moesurgeon.errors import and_more
 from moesurgeon.families.keys import value_at
 from moesurgeon.surgery.anatomy import Anatomy
 from moesurgeon.surgery.expected import PACKED, unexpected_tensors
@@ -76,8 +77,8 @@ def _quantisation(anatomy: Anatomy, *, elsewhere: bool) -> Iterator[str]:
         )
     if packed and not said and not elsewhere:
         yield (
-            f"{packed[0]} and {len(packed) - 1} more are quantised, but config.json has no quantization_config: "
-            "loaders take them as they are, without their scales"
+            f"{and_more(packed)} {'is' if len(packed) == 1 else 'are'} quantised, but config.json has no "
+            "quantization_config: loaders take them as they are, without their scales"
         )
 
 

@@ -80,8 +80,8 @@ BROKEN: list[tuple[Callable[[Tensors], None], str]] = [
     (_as_bytes, r"q_proj.weight is stored as U8, which moesurgeon cannot run; dequantise"),
     (_as_integers, r"experts.3.*is stored as I8, which moesurgeon cannot run; dequantise"),
     (_of_another_shape, r"o_proj.weight has shape \[64, 63\], but by config.json .* has \[64, 64\]; restore"),
-    (_surplus, "has the unknown model.layers.1.self_attn.q_proj.bias and 0 more"),
-    (_without_a_norm, "lacks model.layers.2.input_layernorm.weight and 0 more"),
+    (_surplus, "has the unknown model.layers.1.self_attn.q_proj.bias;"),
+    (_without_a_norm, "lacks model.layers.2.input_layernorm.weight;"),
     (_part_of_an_expert, "weight_zeros is a part of experts that moesurgeon cannot run"),
 ]
 

@@ -50,7 +50,7 @@ def test_what_runs_is_what_is_stored(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"])
 def test_a_missing_tensor_is_refused(name: str, tmp_path: Path) -> None:
     subject = _with(saved(small_model("mixtral"), tmp_path / "model"), {name: None})
-    with pytest.raises(CheckpointError, match=f"lacks {name} and 0 more"):
+    with pytest.raises(CheckpointError, match=f"lacks {name};"):
         running(subject)
 
 
