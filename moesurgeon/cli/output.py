@@ -201,24 +201,57 @@ def facts(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def table(headings: list[str], rows: list[list[str]], title: str | None = None, left: tuple[str, ...] = ()) -> None:
-    """Print a table; the first column and those named in ``left`` to the left, numbers to the right."""
+    """Print a table; the first column and those named in ``left`` to the left, numbers to the right.
+
+    On a terminal that is too narrow, columns that do not fit follow below, with the first column again: no cell is cut.
+    """
+    if title:
+        print(title)
+    for columns in _blocks(headings, rows, _terminal_width()):
+        print(_drawn(columns, headings, rows, left), end="")
+
+
+def _terminal_width() -> int | None:
+    """Return the columns of the terminal; None for redirected output, which has no width of its own."""
+    from rich.console import Console
+
+    return Console().width if sys.stdout.isatty() else None
+
+
+def _blocks(headings: list[str], rows: list[list[str]], width: int | None) -> list[list[int]]:
+    """Return the numbers of the columns of each table that ``width`` divides this one into.
+
+    >>> _blocks(["name", "first", "second"], [["all", "1.000", "2.000"]], 16)
+    [[0, 1], [0, 2]]
+    """
+    from rich.cells import cell_len
+
+    each = [max(cell_len(row[number]) for row in [headings, *rows]) + 3 for number in range(len(headings))]
+    blocks, taken = [[0]], each[0]
+    for number in range(1, len(headings)):
+        if width is not None and taken + each[number] > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            taken = each[0]
+        blocks[-1].append(number)
+        taken += each[number]
+    return blocks
+
+
+def _drawn(columns: list[int], headings: list[str], rows: list[list[str]], left: tuple[str, ...]) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, heading in enumerate(headings):
-        grid.add_column(heading, justify="left" if number == 0 or heading in left else "right", no_wrap=True)
+    for number in columns:
+        is_left = number == 0 or headings[number] in left
+        grid.add_column(headings[number], justify="left" if is_left else "right", no_wrap=True)
     for row in rows:
-        grid.add_row(*row)
-    if title:
-        print(title)
-    # Redirected output has no width of its own; a table must not be cut there.
-    width = None if sys.stdout.isatty() else 10_000
-    console = Console(width=width)
+        grid.add_row(*(row[number] for number in columns))
+    console = Console(width=10_000)
     with console.capture() as drawn:  # printed by rich, it would end the process where the reader went away
         console.print(grid)
-    print(drawn.get(), end="")
+    return drawn.get()
 
 
 def bar(shares: list[float]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moesurgeon.cli import output
 from moesurgeon.cli.output import Bars, bar, table
 from moesurgeon.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE
 from tests.cli.invoke import Outcome, finished, moesurgeon, one_line, process
@@ -229,3 +230,19 @@ def test_bars_on_a_terminal(tmp_path: Path) -> None:
 def test_bar_of_shares() -> None:
     assert bar([0.5, 0.25, 0.0, 0.25]) == "█▄ ▄"
     assert bar([0.0, 0.0]) == "  "
+
+
+@pytest.mark.parametrize("width", [1, 40, 60, 80, 130])
+def test_no_cell_is_cut_on_a_narrow_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "_terminal_width", lambda: width)
+    headings = [f"heading {number}" for number in range(9)]
+    table(["domain", *headings], [["code", *(f"{number}.234 - 5.678" for number in range(9))], ["all", *"abcdefghi"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= max(width, len("domain") + len("0.234 - 5.678") + 6)
+    rows = {name: [line for line in lines if line.lstrip().startswith(name)] for name in ("domain", "code", "all")}
+    assert len({len(found) for found in rows.values()}) == 1  # every block has every row, with its name
+    for number, heading in enumerate(headings):
+        assert "".join(rows["domain"]).count(heading) == 1
+        assert "".join(rows["code"]).count(f"{number}.234 - 5.678") == 1
