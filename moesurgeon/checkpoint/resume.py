@@ -93,7 +93,7 @@ def write_finished(plan: ShardPlan, reader: ShardReader, staging: Path, advance:
         write_shard(plan, reader, part, advance)
         part.rename(staging / plan.name)
     except BaseException:
-        part.unlink(missing_ok=True)  # half a shard helps nobody, least of all on a full disk
+        part.unlink(missing_ok=True)  # an incomplete shard only takes up space on a full disk
         raise
 
 

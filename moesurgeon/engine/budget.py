@@ -36,7 +36,7 @@ _SPARE = 1.1  # of what is computed with: allocators keep pieces
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """What a command takes with batches of so many tokens.
+    """The memory that a command needs, with batches of a given number of tokens.
 
     ``batches`` walk with ``streams`` of each source at once. ``logits``: bytes of each (``engine.working``).
     ``copies``: bytes of a layer that streams have of their own, for as long as it is there. ``work``: bytes that are

@@ -35,7 +35,7 @@ def left_in_groups(membership: Path = _MEMBERSHIP, mount: Path = _MOUNT) -> list
 
 
 def used_bytes() -> int:
-    """Return what this process uses now, after what nobody needs any more was given back."""
+    """Return the bytes that this process uses, after freed memory was returned to the system."""
     gc.collect()
     trim()
     return int(psutil.Process().memory_info().rss)

@@ -44,7 +44,7 @@ def layer_bytes(source: Source, batches: Sequence[Batch]) -> int:
 
 
 def logit_bytes(source: Source, positions: int, each: int) -> int:
-    """Return what the head takes for so many positions, with ``each`` bytes of a logit."""
+    """Return the bytes that the head needs for ``positions``, with ``each`` bytes per logit."""
     vocabulary, hidden = count_of(source.anatomy.config, "vocab_size", 0), source.anatomy.hidden
     return positions * (vocabulary * each + 3 * hidden * _FLOAT) if each else 0
 

@@ -208,7 +208,7 @@ class WalkingModel(TemplateLM):
 
 
 def _by_tokens(inputs: Sequence[tuple[int, ...]], tokens: int) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Divide inputs, longest first, into batches of about so many tokens each."""
+    """Divide inputs, longest first, into batches of about ``tokens`` tokens each."""
     start = 0
     while start < len(inputs):
         stop = start + rows_for(len(inputs[start]), tokens)
